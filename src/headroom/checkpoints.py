@@ -1,0 +1,322 @@
+"""Load and save transformers checkpoints: geometry, lazy tensors, derived copies, manifests.
+
+Heavy imports (torch, transformers) happen inside the functions that need them, because most jobs
+that look at a checkpoint need only its configuration.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from headroom.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+POSITIONS = 512  # that a model trained here takes, or its training window where that is longer
+MANIFEST = "manifest.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a Llama-like decoder (the counts a study needs before it loads a weight)."""
+
+    family: str
+    layers: int
+    heads: int  # H, query heads
+    groups: int  # G, key/value heads
+    head_dim: int  # d
+    hidden: int  # D
+    vocabulary: int
+    qk_norm: bool
+
+    @property
+    def heads_per_group(self) -> int:
+        """n = H / G query heads share one key/value head."""
+        return self.heads // self.groups
+
+
+def read_config(checkpoint: str | os.PathLike) -> dict:
+    """Return ``config.json`` of a checkpoint folder.
+
+    Raises:
+        InputError: if the folder holds none.
+    """
+    path = Path(checkpoint) / "config.json"
+    if not path.is_file():
+        raise InputError(
+            f"checkpoint {checkpoint}: there is no config.json (a transformers folder)"
+        )
+    return json.loads(path.read_text())
+
+
+def geometry(config: dict, name: str = "checkpoint") -> Geometry:
+    """Return the sizes of the model that a ``config.json`` describes.
+
+    Raises:
+        InputError: for a family, a rotary embedding or head counts that the studies can't serve.
+    """
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise InputError(
+            f"{name}: model_type {family!r} is not served (allowed: {', '.join(FAMILIES)})"
+        )
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in STATIC_ROPE:
+        raise InputError(f"{name}: rope_type {kind!r} is not served (allowed: {STATIC_ROPE})")
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if partial != 1.0:
+        raise InputError(f"{name}: partial_rotary_factor {partial} is not served (allowed: 1.0)")
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    groups = config.get("num_key_value_heads") or heads
+    if heads % groups:
+        raise InputError(f"{name}: {heads} query heads don't divide into {groups} key/value heads")
+    return Geometry(
+        family=family,
+        layers=config["num_hidden_layers"],
+        heads=heads,
+        groups=groups,
+        head_dim=config.get("head_dim") or hidden // heads,
+        hidden=hidden,
+        vocabulary=config["vocab_size"],
+        qk_norm=family == "qwen3",
+    )
+
+
+def load_model(checkpoint: str | os.PathLike, device: str = "cpu", dtype: str = "float32"):
+    """Return the causal language model of a checkpoint in evaluation mode.
+
+    Args:
+        checkpoint: a folder that stock transformers loads; remote code is never run.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        dtype: a torch dtype's name, or ``auto`` for the one it was saved in.
+
+    Raises:
+        InputError: if CUDA is asked for and absent.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_manifest(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint,
+        dtype=dtype,
+        device_map={"": resolve_device(device)} if device != "cpu" else None,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+    return model.eval()
+
+
+def resolve_device(device: str) -> str:
+    """Return ``cpu`` or ``cuda`` for a configured device.
+
+    Raises:
+        InputError: if CUDA is asked for and absent.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "config key compute.device is cuda, but no GPU is visible (allowed: auto, cpu)"
+        )
+    return device
+
+
+def load_tokenizer(folder: str | os.PathLike):
+    """Return the tokenizer that lies in a checkpoint or tokenizer folder."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+class Tensors:
+    """The tensors of a checkpoint by name, each read from its shard when asked for."""
+
+    def __init__(self, checkpoint: str | os.PathLike):
+        """Map each name to its shard.
+
+        Raises:
+            InputError: if the folder holds no safetensors (pickled weights are not opened).
+        """
+        self.folder = Path(checkpoint)
+        check_manifest(self.folder)
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            self.shards: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        elif (self.folder / "model.safetensors").is_file():
+            with self._open("model.safetensors") as file:
+                self.shards = dict.fromkeys(file.keys(), "model.safetensors")
+        else:
+            raise InputError(f"checkpoint {checkpoint}: there is no model.safetensors")
+
+    def _open(self, shard: str):
+        from safetensors import safe_open
+
+        return safe_open(self.folder / shard, framework="pt")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.shards
+
+    def __getitem__(self, name: str) -> "torch.Tensor":
+        with self._open(self.shards[name]) as file:
+            return file.get_tensor(name)
+
+    def names(self) -> list[str]:
+        """All tensor names, sorted."""
+        return sorted(self.shards)
+
+    def shapes(self) -> dict[str, tuple[list[int], str]]:
+        """Shape and dtype of each tensor, read from the headers alone."""
+        found = {}
+        for shard in sorted(set(self.shards.values())):
+            with self._open(shard) as file:
+                for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    part = file.get_slice(name)
+                    found[name] = (part.get_shape(), part.get_dtype())
+        return found
+
+
+def write_derived(
+    parent: str | os.PathLike,
+    output: Path,
+    config: dict,
+    replace: Callable[[str, "torch.Tensor"], "torch.Tensor"],
+) -> None:
+    """Write a changed copy of a checkpoint, one shard in memory at a time.
+
+    Args:
+        parent: the checkpoint to copy.
+        output: an existing empty folder.
+        config: the ``config.json`` of the copy.
+        replace: gets a name and its tensor and returns what to store (the same one to keep it).
+    """
+    from safetensors.torch import save_file
+
+    source = Tensors(parent)
+    total = 0
+    for shard in sorted(set(source.shards.values())):
+        names = sorted(name for name, where in source.shards.items() if where == shard)
+        kept = {name: replace(name, source[name]).contiguous() for name in names}
+        total += sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
+        save_file(kept, output / shard, metadata={"format": "pt"})
+    if (source.folder / "model.safetensors.index.json").is_file():
+        index = {"metadata": {"total_size": total}, "weight_map": source.shards}
+        write_json(output / "model.safetensors.index.json", index)
+    write_json(output / "config.json", config)
+    for name in (*TOKENIZER_FILES, "generation_config.json"):
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, output / name)
+    write_manifest(output)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON that is equal for equal values: sorted keys, final newline, no NaN."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path) -> None:
+    """Record size and SHA-256 of each file of an artifact folder in its ``manifest.json``."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    entries = {
+        p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": digest_file(p)}
+        for p in files
+    }
+    write_json(folder / MANIFEST, entries)
+
+
+def check_manifest(folder: str | os.PathLike, hashes: bool = False) -> None:
+    """Compare an artifact folder with its manifest: sizes, and hashes where asked.
+
+    A folder without a manifest (not made by the workflow) passes.
+
+    Raises:
+        InputError: naming the first file that is missing or damaged and how to make it anew.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        return
+    for name, entry in json.loads((folder / MANIFEST).read_text()).items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        same = size == entry["bytes"] and (not hashes or digest_file(path) == entry["sha256"])
+        if not same:
+            found = "missing" if size is None else f"{size} bytes, {entry['bytes']} were written"
+            raise InputError(
+                f"{path} is damaged ({found}); make it anew: snakemake --cores all -R {folder}"
+            )
+
+
+def import_checkpoint(source: dict, name: str, output: Path) -> None:
+    """Fill a folder with links to the files of a checkpoint on disk or on the hub.
+
+    Links inside a real folder: sixteen gigabytes are not copied, and the folder is an artifact like
+    any other.
+
+    Args:
+        source: ``path``, or ``hub`` and ``revision`` (HF_TOKEN and HF_HOME as everywhere).
+        name: the checkpoint's name in the configuration, for messages.
+        output: an empty folder.
+
+    Raises:
+        InputError: if it can't be fetched, or holds no safetensors.
+    """
+    if "hub" in source:
+        folder = _fetch(source, name)
+    else:
+        folder = Path(source["path"]).expanduser().resolve()
+    wanted = {"config.json", "generation_config.json", *TOKENIZER_FILES}
+    for file in sorted(folder.iterdir()):
+        if file.name in wanted or file.name.endswith((".safetensors", ".safetensors.index.json")):
+            (output / file.name).symlink_to(file.resolve())
+    if not list(output.glob("*.safetensors")):
+        raise InputError(
+            f"config key checkpoints.{name}: {folder} holds no .safetensors (pickled weights such "
+            f"as .bin can run code and are not opened; save the model with safe_serialization)"
+        )
+    geometry(read_config(output), f"config key checkpoints.{name}")
+    write_manifest(output)
+
+
+def _fetch(source: dict, name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    try:
+        return Path(
+            snapshot_download(source["hub"], revision=source["revision"], allow_patterns=wanted)
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"config key checkpoints.{name}.hub: {source['hub']} can't be fetched ({reason}); is "
+            f"the id right, the network there, and HF_TOKEN set where the model is gated?"
+        ) from None

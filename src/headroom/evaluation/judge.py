@@ -1,0 +1,51 @@
+"""The job that judges one checkpoint on one corpus."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from headroom.checkpoints import load_model, write_json
+from headroom.corpora.tokens import load_stream, windows
+from headroom.evaluation.cost import sizes
+from headroom.evaluation.perplexity import score_documents, summary
+
+
+def judge(
+    checkpoint: str,
+    tokens: str,
+    names: Mapping[str, str],
+    settings: Mapping,
+    batch: int,
+    summary_file: str,
+    documents_file: str,
+) -> None:
+    """Score a checkpoint on held-out windows and write the summary and the documents' table.
+
+    Args:
+        checkpoint: its folder.
+        tokens: token stream of the evaluation split.
+        names: recipe and corpus.
+        settings: ``compute`` and ``evaluation`` of the configuration.
+        batch: windows at once; it changes no number beyond rounding.
+        summary_file, documents_file: JSON and Parquet to write.
+    """
+    evaluation, compute = settings["evaluation"], settings["compute"]
+    torch.set_num_threads(compute["threads"])
+    stream = load_stream(tokens)
+    tokens_WT, documents_WT = windows(stream, evaluation["window"], "evaluation.window")
+    count = evaluation["sequences"]
+    model = load_model(checkpoint, compute["device"], compute["dtype"])
+    table = score_documents(model, tokens_WT[:count], documents_WT[:count], batch)
+    table.to_parquet(documents_file, index=False)
+    found = {
+        **names,
+        "split": "evaluation",
+        "window": evaluation["window"],
+        "windows": min(count, len(tokens_WT)),
+        "boundary": stream.boundary,
+        "dtype": compute["dtype"],
+        "cost": sizes(checkpoint, evaluation["window"]),
+        **summary(table, evaluation["bootstrap"]),
+    }
+    write_json(Path(summary_file), found)

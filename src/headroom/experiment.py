@@ -1,0 +1,201 @@
+"""From a configuration to an experiment: references resolved, impossible wishes refused.
+
+This runs while Snakemake reads the workflow, so it imports nothing heavy and starts no job. What a
+value means only to one study is asked of that study's own light functions.
+"""
+
+import copy
+import glob
+from pathlib import Path
+
+from headroom.checkpoints import POSITIONS, Geometry, geometry, read_config
+from headroom.configuration import filled, load_schema
+from headroom.corpora.documentation import installed_version
+from headroom.errors import InputError
+from headroom.heads import families
+from headroom.recipes import Recipe, parse_recipe
+
+WINDOW = 1024  # tokens of a window where the configuration names none
+
+
+def load(config: dict, schema: Path) -> dict:
+    """Return the complete configuration: defaults, references and versions filled in.
+
+    Raises:
+        InputError: one line that names the key, what was given and what is allowed.
+    """
+    full = filled(config, load_schema(schema))
+    first = next(iter(full["corpora"]))
+    full["evaluation"].setdefault("corpora", [first])
+    full["heads"].setdefault("checkpoints", list(full["checkpoints"]))
+    full["heads"]["calibration"].setdefault("corpus", first)
+    for name, source in full["corpora"].items():
+        _complete_corpus(name, source)
+    for name, source in full["checkpoints"].items():
+        _check_base(name, source, full)
+    _check_references(full)
+    _complete_windows(full)
+    families.check(full["heads"])
+    for recipe in all_recipes(full):
+        check_recipe(recipe, full)
+    return full
+
+
+def _complete_corpus(name: str, corpus: dict) -> None:
+    """Check a corpus' sources and note the versions of packages whose documentation it reads."""
+    splits = [split for split in ("train", "calibration", "evaluation") if split in corpus]
+    own = [key for key in ("packages", "path", "hub") if key in corpus]
+    if len(own) > 1 or (own and splits):
+        raise InputError(
+            f"config key corpora.{name} has {own + splits}: give one source for all splits, "
+            f"or one a split"
+        )
+    if not own and not splits:
+        raise InputError(
+            f"config key corpora.{name} needs exactly one of packages, path, hub, or a "
+            f"source for each of train, calibration, evaluation"
+        )
+    for key, source in [(name, corpus)] if own else [(f"{name}.{s}", corpus[s]) for s in splits]:
+        if "path" in source:
+            source["path"] = _files(f"corpora.{key}.path", source["path"])
+        if "packages" in source:
+            source["versions"] = {
+                package: installed_version(package, f"corpora.{key}.packages")
+                for package in source["packages"]
+            }
+
+
+def _files(key: str, patterns: str | list[str]) -> list[str]:
+    files: list[str] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        found = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
+        if not found:
+            raise InputError(f"config key {key}: there is no file {pattern}")
+        files += found
+    return files
+
+
+def _check_base(name: str, source: dict, config: dict) -> None:
+    if "path" in source:
+        folder = Path(source["path"]).expanduser()
+        if not folder.is_dir():
+            raise InputError(f"config key checkpoints.{name}.path: there is no folder {folder}")
+        geometry(read_config(folder), f"config key checkpoints.{name}")
+        source["path"] = str(folder)
+    if "train" in source:
+        source["train"].setdefault("corpus", next(iter(config["corpora"])))
+        base_geometry(name, config)
+
+
+def base_geometry(name: str, config: dict) -> Geometry | None:
+    """Return the sizes of a base checkpoint where they can be known before any job (not on a hub).
+
+    Raises:
+        InputError: if the sizes don't fit each other, naming the key.
+    """
+    source = config["checkpoints"][name]
+    if "path" in source:
+        return geometry(read_config(source["path"]), f"config key checkpoints.{name}")
+    if "hub" in source:
+        return None
+    train = source["train"]
+    for whole, part, times in (("heads", "groups", 1), ("hidden", "heads", 2)):
+        if train[whole] % (times * train[part]):
+            twice = "twice " if times == 2 else ""  # rotary planes pair a head's dimensions
+            raise InputError(
+                f"config key checkpoints.{name}.train: {whole} {train[whole]} is not a multiple of "
+                f"{twice}{part} {train[part]}"
+            )
+    return Geometry(
+        family="llama",
+        layers=train["layers"],
+        heads=train["heads"],
+        groups=train["groups"],
+        head_dim=train["hidden"] // train["heads"],
+        hidden=train["hidden"],
+        vocabulary=train["vocabulary"],
+        qk_norm=False,
+    )
+
+
+def _complete_windows(config: dict) -> None:
+    """Fill in window lengths that are left out, refuse those longer than a model's positions."""
+    limits = {name: _positions(name, config) for name in config["checkpoints"]}
+    known = {name: limit for name, limit in limits.items() if limit is not None}
+    for key, section in (
+        ("evaluation.window", config["evaluation"]),
+        ("heads.calibration.window", config["heads"]["calibration"]),
+    ):
+        window = section.setdefault("window", min([WINDOW, *known.values()]))
+        for name, limit in known.items():
+            if window > limit:
+                raise InputError(
+                    f"config key {key} is {window}, but checkpoint {name} takes {limit} tokens "
+                    f"(allowed: at most {limit})"
+                )
+
+
+def _positions(name: str, config: dict) -> int | None:
+    """The longest window a base checkpoint takes; None where it can't be known before a job."""
+    source = config["checkpoints"][name]
+    if "train" in source:
+        return max(POSITIONS, source["train"]["window"])
+    if "path" in source:
+        return read_config(source["path"]).get("max_position_embeddings")
+    return None
+
+
+def _check_references(config: dict) -> None:
+    """Every name that points to another part of the configuration points to something."""
+    references = [
+        ("evaluation.corpora", name, "corpora") for name in config["evaluation"]["corpora"]
+    ]
+    references += [
+        ("heads.calibration.corpus", config["heads"]["calibration"]["corpus"], "corpora")
+    ]
+    references += [
+        (f"checkpoints.{name}.train.corpus", source["train"]["corpus"], "corpora")
+        for name, source in config["checkpoints"].items()
+        if "train" in source
+    ]
+    for key, name, table in references:
+        if name not in config[table]:
+            raise InputError(
+                f"config key {key}: {name} is not among {table} ({', '.join(config[table])})"
+            )
+
+
+def all_recipes(config: dict) -> list[str]:
+    """Return every recipe that a target needs, sorted, each once."""
+    recipes = set(config["evaluation"]["recipes"]) | set(config["heads"]["checkpoints"])
+    for studied in config["heads"]["checkpoints"]:
+        recipes |= {f"{studied}+{step}" for step in families.steps(config["heads"])}
+    return sorted(recipes)
+
+
+def check_recipe(name: str, config: dict) -> None:
+    """Refuse a recipe with an unknown base, an unreadable step, or a budget that can't be met.
+
+    Raises:
+        InputError: naming the part that is wrong and what is allowed.
+    """
+    recipe: Recipe = parse_recipe(name)
+    if recipe.base not in config["checkpoints"]:
+        known = ", ".join(config["checkpoints"])
+        raise InputError(f"recipe {name}: {recipe.base} is not among checkpoints ({known})")
+    sizes = base_geometry(recipe.base, config)
+    if sizes is not None:
+        families.check_budgets(name, recipe.steps, sizes)
+
+
+def sanitised(config: dict) -> dict:
+    """Return a deep copy with sorted keys and plain values: equal settings compare equal."""
+    return _plain(copy.deepcopy(config))
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        return {str(key): _plain(value[key]) for key in sorted(value, key=str)}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

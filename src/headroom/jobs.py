@@ -1,0 +1,178 @@
+"""What every job does before and after its work: log, errors, staging, state, provenance.
+
+Scripts call this with plain values, so that nothing here knows Snakemake.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from headroom.checkpoints import digest_file, write_json
+from headroom.errors import InputError
+
+STATE = Path("results/.state")
+REPEATABLE = ("InputError", "DivergedError")  # errors that the same input brings again
+STARTED = time.monotonic()
+
+
+def start(log: str, code: str, settings: dict, halvings: int = 0) -> None:
+    """Begin a job: send everything to its log, die with the parent, show errors in one line.
+
+    A failure that would repeat (bad input, NaN loss) is remembered under the fingerprint of code
+    and settings; later attempts of the same job say it at once instead of failing again slowly.
+
+    Args:
+        log: the job's log file; file descriptors 1 and 2 both go there, C code's output too.
+        code, settings: what the job computes with.
+            ``settings["compute"]["threads"]`` fixes the number of threads, which is part of the
+            last bits of what is computed.
+        halvings: how many attempts failed before this one.
+    """
+    Path(log).parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
+    die_with_parent()
+    memo = STATE / "failures" / f"{fingerprint(log, code, settings)}.json"
+    sys.excepthook = lambda kind, error, trace: _report(memo, kind, error, trace)
+    if halvings and memo.is_file():
+        sys.exit(json.loads(memo.read_text())["message"] + " (the same as before: not tried again)")
+    memo.unlink(missing_ok=True)
+    threads = settings.get("compute", {}).get("threads", 1)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(threads)
+
+
+def _report(memo: Path, kind: type, error: BaseException, trace) -> None:
+    """Print bad input as one line, anything else with its traceback and one line."""
+    repeats = any(base.__name__ in REPEATABLE for base in kind.__mro__)
+    if not repeats:
+        traceback.print_exception(kind, error, trace)
+    message = (
+        f"headroom: {error}"
+        if isinstance(error, InputError)
+        else f"headroom: {kind.__name__}: {error}"
+    )
+    if repeats:
+        write_json(memo, {"message": message})
+    print(message, file=sys.stderr, flush=True)
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to end this process when its parent ends (Linux; elsewhere nothing).
+
+    A killed Snakemake would otherwise leave jobs alive that the next run starts a second time.
+    """
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+def fingerprint(*parts: object) -> str:
+    """Return a digest of plain values: what a state or a remembered failure belongs to."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+@contextlib.contextmanager
+def staged(output: str | os.PathLike) -> Iterator[Path]:
+    """Yield an empty folder beside ``output`` that takes its place when the block succeeds.
+
+    Nothing half-written ever has the name of a result.
+    """
+    output = Path(output)
+    staging = output.with_name(f".{output.name}.{os.getpid()}")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        shutil.rmtree(output, ignore_errors=True)  # replace refuses a folder that holds files
+        os.replace(staging, output)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def training_state(code: str, settings: object, inputs: list[str]) -> Iterator[Path]:
+    """Yield the folder where a training keeps its state, locked against a twin of this job.
+
+    It lies outside the declared outputs, which Snakemake removes when a job fails, under a
+    fingerprint of code, settings and the inputs' bytes: a state found by name alone could belong
+    to another experiment. The workflow removes all states when it ends well.
+    """
+    hashes = [digest_file(file) for name in inputs for file in _files(Path(name))]
+    folder = STATE / "training" / fingerprint(code, settings, hashes)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+
+
+def remove_states() -> None:
+    """Remove the training states and remembered failures that no job is using any more."""
+    for folder in (STATE / "training").glob("*"):
+        with (folder / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue  # another run is training there
+            shutil.rmtree(folder)
+    shutil.rmtree(STATE / "failures", ignore_errors=True)
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+
+def write_provenance(path: str | os.PathLike, code: str, settings: object) -> None:
+    """Write beside a result how it came to be: settings, code, versions, commit, machine, time.
+
+    Kept out of the result itself, so that equal work gives equal bytes.
+    """
+    names = ("torch", "transformers", "tokenizers", "datasets", "numpy", "POT", "snakemake")
+    write_json(
+        Path(path),
+        {
+            "settings": settings,
+            "code": code,
+            "commit": _commit(),
+            "versions": {name: _version(name) for name in names},
+            "python": platform.python_version(),
+            "machine": {"host": platform.node(), "system": platform.platform()},
+            "seconds": round(time.monotonic() - STARTED, 3),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        },
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The clone's commit, with ``+`` where files differ from it."""
+    try:
+        here = Path(__file__).parent
+        run = {"cwd": here, "capture_output": True, "text": True, "timeout": 10, "check": True}
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()
+        return commit + (
+            "+" if subprocess.run(["git", "status", "-s", "-uno"], **run).stdout else ""
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,173 @@
+"""Names of derived checkpoints: parse and format.
+
+A recipe is a base checkpoint and the steps done to it, joined by ``+``::
+
+    tiny+merge-relu-average-t0.99+remove-flap-drop-b4x2
+
+It is the name of a folder under ``results/checkpoints/``, so parse and format are inverse, numbers
+have one spelling, and no step contains a ``+`` or a path separator.
+"""
+
+import re
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from headroom.digest import registry_names
+from headroom.errors import InputError
+
+BASE = r"[a-z0-9](?:[a-z0-9_.]|-(?![a-z]+-))*"
+METRICS = registry_names("headroom.heads.similarity", "METRICS")
+CRITERIA = (*METRICS, *(f"{metric}_nosink" for metric in METRICS), "error")
+METHODS = ("average", "aligned", "refit")
+SCORES = registry_names("headroom.heads.importance", "SCORES")
+THRESHOLD, QUANTILE = r"t[01]\.\d+", r"q0\.\d+"
+BUDGET = r"b(?:[1-9]\d*x[1-9]\d*|0\.\d+)"
+CONTROL = r"random\d+|dissimilar"
+NAME_BYTES = 200  # a folder's name may have 255 bytes; logs and temporary names need the rest
+
+
+def canonical(value: float) -> str:
+    """Return the one spelling of a number between 0 and 1: ``0.99``, ``0.50``, ``1.00``.
+
+    Two decimals at least, no trailing zeros beyond them, so that a value names one file.
+    """
+    text = f"{float(value):.6f}".rstrip("0")
+    whole, _, decimals = text.partition(".")
+    return f"{whole}.{decimals:0<2}"
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Merge attention heads: which are alike by ``criterion``, how they become one, how many."""
+
+    verb: ClassVar[str] = "merge"
+    pattern: ClassVar[dict[str, str]] = {
+        "criterion": "|".join(CRITERIA),
+        "method": "|".join(METHODS),
+        "selection": f"{THRESHOLD}|{QUANTILE}|{BUDGET}",
+        "control": CONTROL,
+    }
+    criterion: str
+    method: str
+    selection: str
+    control: str = ""
+
+    def check(self) -> None:
+        """Refuse combinations that mean nothing."""
+        if self.criterion == "error" and not self.selection.startswith("b"):
+            raise InputError(
+                f"{format_step(self)}: criterion error ranks merges for a budget (b4x2, b0.50); "
+                f"thresholds and quantiles need a similarity metric"
+            )
+
+
+@dataclass(frozen=True)
+class Remove:
+    """Remove the attention heads with the lowest ``score`` until a budget is met."""
+
+    verb: ClassVar[str] = "remove"
+    pattern: ClassVar[dict[str, str]] = {
+        "score": "|".join(SCORES),
+        "method": "drop|refit",
+        "budget": BUDGET,
+    }
+    score: str
+    method: str
+    budget: str
+
+    def check(self) -> None:
+        """Every combination is allowed."""
+
+
+STEPS = {step.verb: step for step in (Merge, Remove)}
+Step = Merge | Remove
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A base checkpoint's name and the steps done to it, in order."""
+
+    base: str
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def parent(self) -> str:
+        """The name of what the last step is done to."""
+        return format_recipe(Recipe(self.base, self.steps[:-1]))
+
+
+def format_step(step: Step) -> str:
+    """Return ``verb-argument-argument…``; empty arguments are left out."""
+    values = [getattr(step, field.name) for field in fields(step)]
+    return "-".join([step.verb, *(value for value in values if value)])
+
+
+def format_recipe(recipe: Recipe) -> str:
+    """Return the recipe's name, the inverse of :func:`parse_recipe`."""
+    return "+".join([recipe.base, *map(format_step, recipe.steps)])
+
+
+def step_regex(kind: type[Step]) -> str:
+    """Return the regular expression of one kind of step, without groups or anchors."""
+    parts = []
+    for field in fields(kind):
+        optional = field.default == ""
+        part = f"(?:{kind.pattern[field.name]})"
+        parts.append(f"(?:-{part})?" if optional else f"-{part}")
+    return kind.verb + "".join(parts)
+
+
+def recipe_regex(bases: list[str]) -> str:
+    """Return the regular expression of every recipe over the given base checkpoints."""
+    base = "|".join(re.escape(name) for name in sorted(bases))
+    steps = "|".join(step_regex(kind) for kind in STEPS.values())
+    return rf"(?:{base})(?:\+(?:{steps}))*"
+
+
+def parse_step(text: str) -> Step:
+    """Parse one step.
+
+    Raises:
+        InputError: naming the argument that is wrong and what is allowed.
+    """
+    verb, *arguments = text.split("-")
+    if verb not in STEPS:
+        raise InputError(f"recipe step {text!r}: {verb!r} is unknown (allowed: {sorted(STEPS)})")
+    kind = STEPS[verb]
+    names = [field.name for field in fields(kind)]
+    needed = [field.name for field in fields(kind) if field.default != ""]
+    if not len(needed) <= len(arguments) <= len(names):
+        raise InputError(
+            f"recipe step {text!r}: write {verb}-" + "-".join(f"{{{n}}}" for n in names)
+        )
+    for name, value in zip(names, arguments, strict=False):
+        if not re.fullmatch(kind.pattern[name], value):
+            allowed = kind.pattern[name].replace("(?:", "(")
+            raise InputError(f"recipe step {text!r}: {name} {value!r} is not one of {allowed}")
+        number = re.fullmatch(r"([tqb])([01]\.\d+)", value)
+        if number and canonical(float(number[2])) != number[2]:
+            spelling = number[1] + canonical(float(number[2]))
+            raise InputError(
+                f"recipe step {text!r}: write {spelling}, not {value} (one name a file)"
+            )
+        if number and float(number[2]) > 1:
+            raise InputError(f"recipe step {text!r}: {name} {value!r} is above 1")
+    step = kind(*arguments)
+    step.check()
+    return step
+
+
+def parse_recipe(name: str) -> Recipe:
+    """Parse a recipe's name, the inverse of :func:`format_recipe`.
+
+    Raises:
+        InputError: naming the part that is wrong and what is allowed.
+    """
+    base, *steps = name.split("+")
+    if not re.fullmatch(BASE, base):
+        raise InputError(
+            f"recipe {name!r}: base {base!r} is not a name (letters a-z, digits, '_', '.', '-')"
+        )
+    if len(name.encode()) > NAME_BYTES:
+        raise InputError(f"recipe {name!r}: longer than {NAME_BYTES} bytes; use fewer steps")
+    return Recipe(base, tuple(map(parse_step, steps)))

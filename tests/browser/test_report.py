@@ -1,0 +1,125 @@
+"""The report as a user opens it: headless Chromium, each category shows its picture."""
+
+import json
+import shutil
+import time
+
+import pytest
+
+from tests.workflow.conftest import SMALL, copy_project
+
+pytestmark = pytest.mark.browser
+
+CATEGORY = "Attention heads"
+
+
+@pytest.fixture(scope="session")
+def report(tmp_path_factory):
+    workflow = copy_project(tmp_path_factory.mktemp("report") / ".")
+    workflow.configure(SMALL)
+    workflow.run("--cores", "2")
+    workflow.run("--report", "report.html")
+    return workflow.folder / "report.html"
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    from selenium import webdriver
+
+    binary = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not binary or not driver:
+        pytest.fail("chromium and chromedriver are needed (Debian: chromium chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--window-size=1500,1000",
+        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
+    ):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield driver
+    driver.quit()
+
+
+def wait_for(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.1)
+    pytest.fail("the page did not show it in time")
+
+
+def visible(browser, text, exact=True):
+    """The innermost visible elements that show a text."""
+    test = f"normalize-space(text())={json.dumps(text)}"
+    if not exact:
+        test = f"contains(text(), {json.dumps(text)})"
+    return [e for e in browser.find_elements("xpath", f"//*[{test}]") if e.is_displayed()]
+
+
+def open_category(browser, report):
+    """Click on the category; a report with a single one calls it Results."""
+    browser.get(report.as_uri())
+    single = len(wait_for(lambda: browser.execute_script("return categories"))) == 1
+    wait_for(lambda: visible(browser, "Results" if single else CATEGORY))[0].click()
+
+
+def test_each_category_shows_its_pictures_and_nothing_is_broken(report, browser):
+    open_category(browser, report)
+    results = browser.execute_script("return results")
+    categories = browser.execute_script("return categories")
+    assert CATEGORY in categories
+    pictures = {path: entry for path, entry in results.items() if path.endswith(".png")}
+    assert len(pictures) >= 8
+    for path, entry in pictures.items():
+        size = browser.execute_async_script(
+            "const done = arguments[arguments.length - 1], picture = new Image();"
+            "picture.onload = () => done([picture.naturalWidth, picture.naturalHeight]);"
+            "picture.onerror = () => done(null); picture.src = arguments[0];",
+            entry["data_uri"],
+        )
+        assert size and min(size) > 100, f"{path} is no picture"
+        assert entry["caption"], f"{path} has no caption"
+        assert "System Message" not in entry["caption"], f"the caption of {path} is broken"
+        assert entry["labels"]["checkpoint"] == "tiny"
+    assert any(path.endswith("table.html") for path in results)
+    severe = [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
+    assert severe == []
+
+
+@pytest.mark.parametrize("subcategory", ["Similarity", "Merging", "Cost"])
+def test_a_reader_clicks_through_to_a_picture(report, browser, subcategory):
+    open_category(browser, report)
+    wait_for(lambda: visible(browser, subcategory))[0].click()
+    eyes = "//a[@iconname='eye']"
+    count = len(wait_for(lambda: browser.find_elements("xpath", eyes)))
+    pictures = 0
+    for place in range(count):
+        link = browser.find_elements("xpath", eyes)[place]
+        if link.get_attribute("download"):
+            continue  # a table to save
+        browser.execute_script("arguments[0].click()", link)
+        pictures += wait_for(lambda: shown(browser)) == "picture"
+    browser.save_screenshot(str(report.with_name(f"{subcategory}.png")))
+    assert pictures == {"Similarity": 3, "Merging": 6, "Cost": 1}[subcategory]
+
+
+def shown(browser):
+    """What the page's content is now: a loaded picture, a page of its own, or nothing yet."""
+    for image in browser.find_elements("xpath", "//img[@id='img-content'] | //main//img | //img"):
+        if image.is_displayed() and int(image.get_property("naturalWidth") or 0) > 100:
+            return "picture"
+    frames = browser.find_elements("xpath", "//iframe")
+    return "page" if any(frame.is_displayed() for frame in frames) else None

@@ -1,0 +1,107 @@
+"""What every job does before and after its work, in real processes."""
+
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from headroom import jobs
+
+SRC = Path(__file__).parents[2] / "src"
+
+
+def run(code, cwd, **options):
+    text = f"import sys; sys.path.insert(0, {str(SRC)!r})\n" + textwrap.dedent(code)
+    return subprocess.run([sys.executable, "-c", text], cwd=cwd, timeout=60, **options)
+
+
+FAILING = """
+from headroom import jobs
+from headroom.errors import InputError
+jobs.start("log/a.log", "code", {"x": 1}, halvings=%d)
+import os; os.write(2, b"from C\\n")
+open("ran", "a").write("x")
+raise InputError("config key a.b is 3: at most 2 is allowed")
+"""
+
+
+def test_bad_input_is_one_line_and_is_not_tried_again(tmp_path):
+    first = run(FAILING % 0, tmp_path)
+    log = (tmp_path / "log/a.log").read_text().splitlines()
+    assert first.returncode == 1
+    assert log == ["from C", "headroom: config key a.b is 3: at most 2 is allowed"]
+    second = run(FAILING % 1, tmp_path)
+    assert second.returncode == 1
+    assert (tmp_path / "ran").read_text() == "x", "the second attempt must not run"
+    assert "not tried again" in (tmp_path / "log/a.log").read_text()
+    run(FAILING % 0, tmp_path)
+    assert (tmp_path / "ran").read_text() == "xx", "a new run tries again"
+
+
+def test_other_errors_keep_their_traceback(tmp_path):
+    run(
+        """
+        from headroom import jobs
+        jobs.start("a.log", "code", {})
+        1 / 0
+        """,
+        tmp_path,
+    )
+    log = (tmp_path / "a.log").read_text()
+    assert "Traceback" in log and log.splitlines()[-1].startswith("headroom: ZeroDivisionError")
+
+
+def test_staged_output_appears_whole_or_not_at_all(tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "old").write_text("old")
+    with pytest.raises(RuntimeError), jobs.staged(output) as folder:
+        (folder / "new").write_text("half")
+        raise RuntimeError
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "old"]
+    with jobs.staged(output) as folder:
+        (folder / "new").write_text("whole")
+    assert [p.name for p in output.iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_state_belongs_to_settings_code_and_the_bytes_of_inputs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("input").write_text("a")
+
+    def folder(code="c", settings=None):
+        with jobs.training_state(code, settings or {"lr": 1.0}, ["input"]) as state:
+            return state
+
+    same = folder()
+    assert folder() == same
+    assert folder(code="d") != same
+    assert folder(settings={"lr": 2.0}) != same
+    Path("input").write_text("b")
+    assert folder() != same
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent death signal is Linux")
+def test_a_job_dies_with_its_parent(tmp_path):
+    code = f"""
+    import subprocess, sys, os, time
+    child = subprocess.Popen([sys.executable, "-c", '''
+    import sys; sys.path.insert(0, {str(SRC)!r})
+    from headroom import jobs; jobs.die_with_parent()
+    open("pid", "w").write(str(__import__("os").getpid()))
+    import time; time.sleep(60)
+    '''.replace("\\n    ", "\\n")])
+    while not os.path.exists("pid") or not open("pid").read(): time.sleep(.02)
+    os.kill(os.getpid(), 9)
+    """
+    run(code, tmp_path)
+    pid = int((tmp_path / "pid").read_text())
+    for _ in range(100):
+        status = Path(f"/proc/{pid}/stat")
+        if not status.exists() or status.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.05)
+    pytest.fail("the orphan lives")

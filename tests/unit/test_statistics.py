@@ -1,0 +1,154 @@
+"""Intervals against closed forms, SciPy and their own coverage."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from headroom.errors import InputError
+from headroom.statistics import (
+    bootstrap_ratio,
+    normal_quantile,
+    paired_bootstrap_ratio_difference,
+    wilson,
+)
+
+
+def sample(n, seed=0):
+    """Documents of unequal lengths whose mean losses scatter about 2 nats a token."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(5, 200, n).astype(float)
+    return tokens * rng.normal(2.0, 0.5, n), tokens
+
+
+def test_point_estimate_is_weighted_by_tokens():
+    interval = bootstrap_ratio(np.array([10.0, 1.0]), np.array([90.0, 10.0]), transform=np.exp)
+    assert interval.value == pytest.approx(np.exp(0.11))
+    assert interval.low <= interval.value <= interval.high
+
+
+def test_interval_is_the_delta_method_for_many_documents():
+    losses, tokens = sample(2000)
+    ratio = losses.sum() / tokens.sum()
+    error = np.sqrt(np.sum((losses - ratio * tokens) ** 2)) / tokens.sum()
+    found = bootstrap_ratio(losses, tokens, resamples=4000, seed=3)
+    for bound, sign in ((found.low, -1), (found.high, 1)):
+        assert bound == pytest.approx(ratio + sign * 1.96 * error, abs=0.1 * error)
+    narrower = bootstrap_ratio(losses, tokens, resamples=4000, seed=3, confidence=0.5)
+    assert narrower.high - narrower.low == pytest.approx(2 * 0.6745 * error, rel=0.06)
+
+
+def test_interval_equals_scipy_percentile_bootstrap():
+    losses, tokens = sample(60)
+    reference = scipy.stats.bootstrap(
+        (losses, tokens),
+        lambda a, b, axis: np.exp(a.sum(axis) / b.sum(axis)),
+        paired=True,
+        vectorized=True,
+        n_resamples=20000,
+        method="percentile",
+        rng=np.random.default_rng(1),
+    ).confidence_interval
+    found = bootstrap_ratio(losses, tokens, resamples=20000, transform=np.exp)
+    width = reference.high - reference.low
+    assert found.low == pytest.approx(reference.low, abs=0.02 * width)
+    assert found.high == pytest.approx(reference.high, abs=0.02 * width)
+
+
+def test_interval_covers_the_truth_as_often_as_it_says():
+    hits, trials = 0, 300
+    for seed in range(trials):
+        losses, tokens = sample(80, seed=seed)
+        low, high = bootstrap_ratio(losses, tokens, resamples=300, seed=seed, confidence=0.9)[1:]
+        hits += low <= 2.0 <= high
+    assert 0.83 < hits / trials < 0.95
+
+
+def test_transform_moves_the_bounds_with_the_value():
+    losses, tokens = sample(50)
+    plain, raised = (bootstrap_ratio(losses, tokens, transform=f) for f in (None, np.exp))
+    np.testing.assert_allclose(np.exp(plain), raised, rtol=1e-3)
+
+
+def test_documents_without_tokens_and_scale_change_nothing():
+    losses, tokens = sample(30)
+    padded = bootstrap_ratio(np.append(losses, 0.0), np.append(tokens, 0.0))
+    assert padded == bootstrap_ratio(losses, tokens)
+    np.testing.assert_allclose(bootstrap_ratio(7 * losses, 7 * tokens), padded, rtol=1e-12)
+
+
+def test_seed_decides():
+    losses, tokens = sample(30)
+    assert bootstrap_ratio(losses, tokens, seed=1) == bootstrap_ratio(losses, tokens, seed=1)
+    assert bootstrap_ratio(losses, tokens, seed=1) != bootstrap_ratio(losses, tokens, seed=2)
+
+
+def test_pairing_removes_what_documents_share():
+    before, tokens = sample(100)
+    after = before + 0.01 * tokens  # each token costs the same more
+    change = paired_bootstrap_ratio_difference(before, after, tokens)
+    np.testing.assert_allclose(change, 0.01, rtol=1e-9)
+    alone = bootstrap_ratio(before, tokens)
+    assert alone.high - alone.low > 0.05
+
+
+def test_relative_change_is_the_ratio_of_both():
+    before, tokens = sample(100)
+    after = 1.25 * before
+    relative = paired_bootstrap_ratio_difference(before, after, tokens, relative=True)
+    np.testing.assert_allclose(relative, 0.25, rtol=1e-9)
+    raised = paired_bootstrap_ratio_difference(
+        before, before + 0.1 * tokens, tokens, transform=np.exp, relative=True
+    )
+    np.testing.assert_allclose(raised, np.exp(0.1) - 1, rtol=1e-9)
+
+
+def test_paired_difference_equals_the_delta_method():
+    before, tokens = sample(2000)
+    after = before + tokens * np.random.default_rng(5).normal(0.05, 0.1, 2000)
+    found = paired_bootstrap_ratio_difference(before, after, tokens, resamples=4000)
+    gain = after - before
+    ratio = gain.sum() / tokens.sum()
+    error = np.sqrt(np.sum((gain - ratio * tokens) ** 2)) / tokens.sum()
+    assert found.value == pytest.approx(ratio)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.06)
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 10), (3, 10), (10, 10), (988, 1000)])
+def test_wilson_equals_scipy(k, n):
+    reference = scipy.stats.binomtest(k, n).proportion_ci(0.95, method="wilson")
+    np.testing.assert_allclose(wilson(k, n), (k / n, *reference), atol=1e-12)
+
+
+def test_normal_quantile_equals_scipy():
+    assert normal_quantile(0.95) == pytest.approx(scipy.stats.norm.ppf(0.975), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: bootstrap_ratio(np.ones(1), np.ones(1)),
+        lambda: bootstrap_ratio(np.ones(5), np.zeros(5)),
+        lambda: bootstrap_ratio(np.ones(5), np.ones(5), confidence=95),
+        lambda: bootstrap_ratio(np.ones(5), np.ones(5), resamples=0),
+        lambda: wilson(3, 2),
+        lambda: wilson(0, 0),
+    ],
+)
+def test_impossible_wishes_are_refused(call):
+    with pytest.raises(InputError):
+        call()
+
+
+def test_import_is_light():
+    code = "import sys, headroom.statistics; print({'torch', 'scipy', 'pandas'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": "src"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "set()"

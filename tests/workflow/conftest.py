@@ -1,0 +1,132 @@
+"""Real Snakemake runs on a copy of the project, so that tests may edit its code."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+PARTS = ("Snakefile", "config.yaml", "workflow", "src", "profiles", "envs", "examples", "slurm")
+
+# Seconds, not minutes: every rule of the heads study once, on a model trained for a few steps.
+SMALL = {
+    "corpora": {"docs": {"packages": ["python", "yaml", "tqdm"], "characters": 300000}},
+    "checkpoints": {
+        "tiny": {
+            "train": {
+                "vocabulary": 384,
+                "hidden": 24,
+                "layers": 2,
+                "heads": 4,
+                "groups": 2,
+                "ffn": 32,
+                "window": 32,
+                "batch": 4,
+                "tokens": 2560,
+                "warmup": 2,
+            }
+        }
+    },
+    "evaluation": {
+        "window": 32,
+        "sequences": 64,
+        "bootstrap": {"resamples": 200},
+        "latency": {"prompt": 4, "new_tokens": 2, "runs": 3},
+    },
+    "heads": {
+        "calibration": {"window": 32, "sequences": 8, "inputs": 8},
+        "metrics": ["relu", "relu_random"],
+        "thresholds": [0.99],
+        "quantiles": [0.5],
+        "merges": [
+            {"criterion": "relu", "methods": ["average"], "thresholds": [0.99]},
+            {
+                "criterion": "error",
+                "methods": ["refit"],
+                "budgets": ["2x1"],
+                "controls": ["random0", "random1", "dissimilar", "flap"],
+            },
+        ],
+    },
+}
+
+
+class Workflow:
+    """A copy of the project with its own results, run as a user runs it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def configure(self, config: dict) -> None:
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(config))
+
+    def run(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "snakemake", *arguments]
+        environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+        result = subprocess.run(
+            command, cwd=self.folder, capture_output=True, text=True, timeout=600, env=environment
+        )
+        if check and result.returncode:
+            pytest.fail(f"{command} failed:\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}")
+        return result
+
+    def planned(self, *arguments: str) -> dict[str, int]:
+        """The number of jobs a rule that a run would do now."""
+        result = self.run("-n", *arguments)
+        return self.counted(result.stdout + result.stderr)
+
+    @staticmethod
+    def counted(text: str) -> dict[str, int]:
+        """Read the table of jobs that Snakemake prints before a run."""
+        table = text.split("Job stats:")[1].split("total")[0] if "Job stats:" in text else ""
+        rows = re.findall(r"^(\w+)\s+(\d+)$", table, flags=re.M)
+        return {name: int(count) for name, count in rows if name not in ("job", "all", "heads")}
+
+    def edit(self, name: str, old: str, new: str) -> None:
+        path = self.folder / name
+        text = path.read_text()
+        assert old in text, f"{name} lacks {old!r}"
+        path.write_text(text.replace(old, new, 1))
+
+
+def copy_project(folder: Path) -> Workflow:
+    ignore = shutil.ignore_patterns("__pycache__")
+    for part in PARTS:
+        source = ROOT / part
+        if source.is_symlink():
+            (folder / part).symlink_to(os.readlink(source))
+        elif source.is_dir():
+            shutil.copytree(source, folder / part, ignore=ignore)
+        else:
+            shutil.copyfile(source, folder / part)
+    return Workflow(folder)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Workflow:
+    """The small experiment, run once to its end; tests that change it copy it."""
+    workflow = copy_project(tmp_path_factory.mktemp("finished") / ".")
+    workflow.configure(SMALL)
+    workflow.run("--cores", "2")
+    return workflow
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Workflow:
+    """A copy of the finished experiment with its time stamps, to be changed."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished.folder, folder, symlinks=True)
+    return Workflow(folder)
+
+
+@pytest.fixture
+def empty(tmp_path) -> Workflow:
+    """The project with nothing made yet."""
+    workflow = copy_project(tmp_path)
+    workflow.configure(SMALL)
+    return workflow

@@ -1,0 +1,131 @@
+"""What a user sees of a mistake: one line that names the key, before jobs start where possible."""
+
+import copy
+import json
+import re
+
+import pytest
+
+from .conftest import SMALL
+
+pytestmark = pytest.mark.workflow
+
+
+def changed(path, value):
+    config = copy.deepcopy(SMALL)
+    node = config
+    *keys, last = path.split(".")
+    for key in keys:
+        node = node.setdefault(key, {})
+    node[last] = value
+    return config
+
+
+BEFORE = {
+    "unknown_key": (changed("heads.tyle", 1), "config key heads.tyle is unknown"),
+    "ratio": (changed("heads.quantiles", [1.2]), "heads.quantiles.0 is 1.2"),
+    "threshold_above_one": (changed("heads.thresholds", [1.01]), "at most 1 is allowed"),
+    "missing_path": (changed("checkpoints.x", {"path": "nowhere"}), "there is no folder nowhere"),
+    "budget": (changed("evaluation.recipes", ["tiny+merge-error-refit-b3x1"]), "b3x1"),
+    "typo": (changed("evaluation.recipes", ["tiny+merge-relu-averge-t0.99"]), "method 'averge'"),
+}
+
+
+@pytest.mark.parametrize("case", BEFORE)
+def test_before_any_job(empty, case):
+    config, said = BEFORE[case]
+    empty.configure(config)
+    result = empty.run("--cores", "1", check=False)
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("Using workflow")]
+    assert result.returncode != 0
+    assert len(lines) == 1 and lines[0].startswith("headroom: ") and said in lines[0]
+    assert not (empty.folder / "results").exists()
+
+
+def test_an_unserved_architecture_is_named_before_any_job(empty):
+    (empty.folder / "model").mkdir()
+    (empty.folder / "model/config.json").write_text(json.dumps({"model_type": "mamba"}))
+    empty.configure(changed("checkpoints.m", {"path": "model"}))
+    result = empty.run("-n", check=False)
+    assert "headroom: config key checkpoints.m: model_type 'mamba' is not served" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def failing(workflow, config, *targets):
+    workflow.configure(config)
+    result = workflow.run("--cores", "2", *targets, check=False)
+    assert result.returncode != 0
+    return result.stdout + result.stderr
+
+
+IN_JOBS = {
+    "empty_corpus": (
+        {"path": "empty.txt"},
+        "results/corpora/bad/counts.json",
+        r"headroom: config key corpora\.bad.*(empty|no document|no text)",
+    ),
+    "no_text_field": (
+        {"path": "rows.jsonl", "text": "body"},
+        "results/corpora/bad/counts.json",
+        r"headroom: config key corpora\.bad.*body",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IN_JOBS)
+def test_bad_text_is_one_line_in_the_log_and_is_not_tried_three_times(empty, case):
+    (empty.folder / "empty.txt").write_text("\n\n   \n")
+    (empty.folder / "rows.jsonl").write_text('{"text": "some words"}\n' * 3)
+    source, target, pattern = IN_JOBS[case]
+    shown = failing(empty, changed("corpora.bad", source), target)
+    log = (empty.folder / "results/logs/text_documents/bad.log").read_text()
+    assert re.search(pattern, log), log
+    assert "Traceback" not in log
+    assert "not tried again" in log, "the second attempt must say it at once"
+    assert re.search(pattern, shown), "the log must be shown in the terminal"
+    assert not list((empty.folder / "results/corpora/bad").glob("*"))
+
+
+def test_cuda_asked_for_and_absent(copied):
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    shown = failing(copied, changed("compute.device", "cuda"))
+    assert "compute.device is cuda, but no GPU is visible" in shown
+
+
+def test_a_tokenizer_without_the_boundary_token(copied):
+    folder = copied.folder / "results/tokenizers/tiny"
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        text = (folder / name).read_text().replace("</s>", "</t>")
+        (folder / name).write_text(text)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("eos_token")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    target = "results/tokens/tiny/docs/evaluation.safetensors"
+    shown = failing(copied, changed("corpora.docs.boundary", "eos"), target)
+    assert "headroom: config key corpora.docs" in shown and "eos" in shown
+
+
+def test_a_damaged_checkpoint_is_named_by_the_next_job_and_by_verify(copied):
+    import subprocess
+    import sys
+
+    weights = copied.folder / "results/checkpoints/tiny/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    shown = failing(copied, SMALL, "-R", "evaluate")
+    assert "model.safetensors is damaged" in shown
+    verify = subprocess.run(
+        [sys.executable, "-m", "headroom.verify", "results/checkpoints"],
+        cwd=copied.folder,
+        env={"PYTHONPATH": "src"},
+        capture_output=True,
+        text=True,
+    )
+    assert verify.returncode == 1 and "tiny/model.safetensors is damaged" in verify.stdout
+
+
+def test_the_window_must_fit_the_text(copied):
+    config = changed("evaluation.window", 400000)
+    shown = failing(copied, config, "results/evaluations/tiny/docs.json")
+    assert "headroom: config key evaluation.window is 400000" in shown

@@ -1,0 +1,178 @@
+"""A rerun does exactly what is stale: real DAGs, and the list of jobs looked at."""
+
+import copy
+import os
+import shutil
+
+import pytest
+
+from .conftest import SMALL
+
+pytestmark = pytest.mark.workflow
+
+MERGES = 2  # derived checkpoints of the small experiment
+
+
+def changed(path, value):
+    config = copy.deepcopy(SMALL)
+    node = config
+    *keys, last = path.split(".")
+    for key in keys:
+        node = node.setdefault(key, {}) if isinstance(node, dict) else node[int(key)]
+    node[last] = value
+    return config
+
+
+def test_a_second_run_does_nothing(finished):
+    result = finished.run("--cores", "2")
+    assert "Nothing to be done" in result.stdout + result.stderr
+
+
+def test_comments_docstrings_touch_and_a_fresh_clone_rerun_nothing(copied):
+    copied.edit("src/headroom/heads/similarity.py", '"""', '"""Other words. ')
+    copied.edit("src/headroom/evaluation/perplexity.py", "\nimport", "\n# a comment\nimport")
+    for path in (copied.folder / "workflow").rglob("*"):
+        os.utime(path)
+    text = (copied.folder / "config.yaml").read_text()
+    (copied.folder / "config.yaml").write_text("# another comment\n" + text)
+    assert copied.planned() == {}
+    clone = copied.folder.with_name("clone")
+    shutil.copytree(copied.folder, clone, symlinks=True)
+    copied.folder = clone
+    assert copied.planned() == {}
+
+
+CASES = {
+    "threshold_added": (
+        changed("heads.thresholds", [0.99, 0.5]),
+        {"similar_heads": 2, "similarity_distribution": 1},
+    ),
+    "metric_added": (
+        changed("heads.metrics", ["relu", "relu_random", "scores"]),
+        {
+            "head_similarity": 1,
+            "similar_heads": 1,
+            "similarity_maps": 1,
+            "similarity_distribution": 1,
+        },
+    ),
+    "ridge": (
+        changed("heads.ridge", 0.01),
+        {
+            "reduce_heads": MERGES,
+            "head_controls": 1,
+            "evaluate": MERGES,
+            "compare_heads": MERGES,
+            "decode_latency": 1,
+            "latency_figure": 1,
+            "head_figures": 1,
+        },
+    ),
+    "bootstrap": (
+        changed("evaluation.bootstrap.resamples", 300),
+        {"evaluate": MERGES + 1, "compare_heads": MERGES, "head_figures": 1},
+    ),
+    "latency": (
+        changed("evaluation.latency.runs", 4),
+        {"decode_latency": 1, "latency_figure": 1},
+    ),
+    "batch_changes_no_number": (changed("evaluation.batch", 2), {}),
+    "memory_changes_no_number": (changed("compute.mem_mb", 1600), {}),
+    "recipe_added": (
+        changed("evaluation.recipes", ["tiny+merge-relu-average-t0.99+remove-flap-drop-b2x1"]),
+        {"attention_inputs": 1, "reduce_heads": 1, "evaluate": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_changed_setting_reruns_exactly_its_jobs(copied, case):
+    config, jobs = CASES[case]
+    copied.configure(config)
+    assert copied.planned() == jobs
+
+
+EDITS = {
+    # file, old, new, rules that must run, rules that must not
+    "similarity": (
+        "src/headroom/heads/similarity.py",
+        "torch.relu_",
+        "torch.relu6",
+        {"head_similarity", "similar_heads", "reduce_heads", "evaluate"},
+        {"train_checkpoint", "tokenize", "attention_inputs", "text_documents"},
+    ),
+    "figures": (
+        "src/headroom/heads/figures.py",
+        "Pairs of heads merged",
+        "Head pairs merged",
+        {"head_figures"},
+        {"reduce_heads", "evaluate", "compare_heads", "head_similarity", "train_checkpoint"},
+    ),
+    "study": (
+        "src/headroom/heads/study.py",
+        "(1 - confidence) / 2",
+        "(1.0 - confidence) / 2.0",
+        {"compare_heads", "head_figures"},
+        {"reduce_heads", "evaluate", "head_similarity", "train_checkpoint"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EDITS)
+def test_a_changed_function_reruns_its_jobs_and_no_other(copied, case):
+    name, old, new, wanted, unwanted = EDITS[case]
+    copied.edit(name, old, new)
+    planned = set(copied.planned())
+    assert wanted <= planned
+    assert not unwanted & planned
+
+
+# A setting for every rule whose change must rerun it.
+RULE_SETTINGS = {
+    "text_documents": ("corpora.docs.characters", 200000),
+    "train_tokenizer": ("checkpoints.tiny.train.vocabulary", 400),
+    "tokenize": ("corpora.docs.boundary", "eos"),
+    "train_checkpoint": ("checkpoints.tiny.train.seed", 7),
+    "head_similarity": ("heads.calibration.sequences", 7),
+    "attention_inputs": ("heads.calibration.inputs", 7),
+    "reduce_heads": ("heads.cross_group", "refuse"),
+    "head_controls": ("evaluation.window", 16),
+    "evaluate": ("evaluation.sequences", 60),
+    "compare_heads": ("evaluation.bootstrap.seed", 1),
+    "decode_latency": ("evaluation.latency.prompt", 5),
+}
+
+
+@pytest.mark.parametrize("rule", RULE_SETTINGS)
+def test_every_rule_reruns_for_a_setting_of_its_own(copied, rule):
+    copied.configure(changed(*RULE_SETTINGS[rule]))
+    assert rule in copied.planned()
+
+
+def test_adding_a_model_leaves_the_first_alone(copied):
+    config = copy.deepcopy(SMALL)
+    config["checkpoints"]["other"] = {"path": str(copied.folder / "results/checkpoints/tiny")}
+    config["heads"]["checkpoints"] = ["tiny", "other"]
+    copied.configure(config)
+    planned = copied.planned()
+    assert planned["import_checkpoint"] == 1
+    assert planned["evaluate"] == MERGES + 1
+    assert "train_checkpoint" not in planned and "text_documents" not in planned
+    wanted = {"import_checkpoint", "reduce_heads", "evaluate", "head_figures"}
+    assert wanted <= set(planned)
+
+
+def test_a_real_rerun_does_what_was_planned_and_the_next_one_nothing(copied):
+    config = copy.deepcopy(SMALL)
+    config["heads"]["merges"][0]["thresholds"] = [0.99, 0.5]
+    copied.configure(config)
+    planned = copied.planned()
+    assert planned == {
+        "reduce_heads": 1,
+        "evaluate": 1,
+        "compare_heads": 1,
+        "head_figures": 1,
+    }
+    result = copied.run("--cores", "2")
+    assert copied.counted(result.stdout + result.stderr) == planned
+    assert copied.planned() == {}

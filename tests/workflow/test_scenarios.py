@@ -1,0 +1,132 @@
+"""Every example plans, the cluster's profile asks for what it should, recipes compose."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT, SMALL, Workflow
+
+pytestmark = pytest.mark.workflow
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_plan(empty, example):
+    planned = empty.planned("--configfile", f"examples/{example.name}")
+    assert planned["import_checkpoint"] == 1
+    assert planned["reduce_heads"] > 5
+    assert "train_checkpoint" not in planned, "an example replaces the default"
+
+
+@pytest.mark.parametrize("profile", ["slurm", "profiles/slurm"])
+def test_the_cluster_profile_asks_for_what_jobs_need(empty, profile, monkeypatch):
+    monkeypatch.setenv("SBATCH_PARTITION", "big")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "lab")
+    result = empty.run(
+        "--profile", profile, "-n", "--configfile", "examples/llama-3-8b.yaml"
+    ).stdout
+    blocks = dict(re.findall(r"^rule (\w+):\n((?:    .*\n)+)", result, flags=re.M))
+    evaluate = blocks["evaluate"]
+    assert "gpu=1" in evaluate and "runtime=240" in evaluate
+    assert "slurm_partition=big" in evaluate and "slurm_account=lab" in evaluate
+    assert "gpu=" not in blocks["text_documents"]
+
+
+def test_the_profile_is_right_without_a_cluster_of_ones_own(empty, monkeypatch):
+    monkeypatch.delenv("SBATCH_PARTITION", raising=False)
+    monkeypatch.delenv("SBATCH_ACCOUNT", raising=False)
+    result = empty.run("--profile", "slurm", "-n").stdout
+    assert "slurm_partition" not in result and "disk_mb=2000" in result
+
+
+def test_gpu_jobs_take_turns_on_one_machine_but_not_on_a_cluster(empty):
+    text = (empty.folder / "profiles/default/config.yaml").read_text()
+    assert "?if not cluster:" in text and "gpu: 1" in text
+
+
+@pytest.mark.parametrize("target", ["heads", "all", "evaluations"])
+def test_targets_plan(empty, target):
+    empty.run("-n", target)
+
+
+def test_a_lock_of_a_dead_run_goes_by_itself_and_a_living_one_stays(copied):
+    locks, holders = copied.folder / ".snakemake/locks", copied.folder / ".snakemake/holders"
+    holders.mkdir(exist_ok=True)
+    import socket
+
+    host = socket.gethostname()
+    target = (copied.folder / "results/latency/tiny.json").resolve()
+    target.unlink()
+
+    def lock(pid, started):
+        locks.mkdir(exist_ok=True)
+        (locks / "0.output.lock").write_text("results/latency/tiny.json\n")
+        note = {"host": host, "pid": pid, "started": started}
+        (holders / f"{host}.{pid}.json").write_text(json.dumps(note))
+
+    import psutil
+
+    lock(os.getpid(), psutil.Process(os.getpid()).create_time())
+    refused = copied.run("--cores", "1", "results/latency/tiny.json", check=False)
+    assert refused.returncode != 0 and "lock" in (refused.stdout + refused.stderr).lower()
+    (holders / f"{host}.{os.getpid()}.json").unlink()
+    lock(2**22 - 3, 1.0)
+    copied.run("--cores", "1", "results/latency/tiny.json")
+    assert target.exists()
+
+
+def test_merging_a_merged_checkpoint(copied):
+    recipe = "tiny+merge-error-refit-b2x1+merge-relu-aligned-q0.50+remove-flap-refit-b1x1"
+    target = f"results/evaluations/{recipe}/docs.json"
+    copied.run("--cores", "2", target)
+    result = json.loads((copied.folder / target).read_text())
+    config = json.loads((copied.folder / f"results/checkpoints/{recipe}/config.json").read_text())
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (1, 1)
+    assert result["recipe"] == recipe and result["perplexity"]["value"] > 1
+
+
+def test_controls_in_memory_are_the_checkpoints_of_their_recipes(copied):
+    """The control's row equals the evaluation of the same control made as a checkpoint."""
+    import numpy as np
+    import pandas as pd
+
+    step = "merge-error-refit-b2x1"
+    root = copied.folder / f"results/heads/tiny/merges/{step}/docs"
+    controls = pd.read_parquet(root / "controls.parquet").set_index(["control", "document"])
+    made = {"random1": f"{step}-random1", "flap_refit": "remove-flap-refit-b2x1"}
+    targets = [f"results/evaluations/tiny+{recipe}/docs.json" for recipe in made.values()]
+    copied.run("--cores", "2", *targets)
+    for name, recipe in made.items():
+        table = pd.read_parquet(copied.folder / f"results/evaluations/tiny+{recipe}/docs.parquet")
+        expected = table.set_index("document").nll
+        np.testing.assert_allclose(controls.loc[name].nll, expected, rtol=1e-5)
+        summary = json.loads(
+            (copied.folder / f"results/evaluations/tiny+{recipe}/docs.json").read_text()
+        )
+        effective = controls.loc[name].effective_parameters.iloc[0]
+        assert summary["cost"]["effective_parameters"] == effective
+
+
+def test_every_promised_file_is_there(finished: Workflow):
+    root = finished.folder / "results/heads/tiny"
+    for metric in SMALL["heads"]["metrics"]:
+        lists = root / f"similarity/{metric}/docs"
+        for name in ("threshold_0.99", "quantile_0.50"):
+            found = json.loads((lists / f"similar_heads_{name}.json").read_text())
+            keys = {"model_path", "threshold", "num_layers", "layer_analysis"}
+            assert keys | {"total_similar_pairs"} <= set(found)
+            layer = found["layer_analysis"]["0"]
+            assert {"num_heads", "similar_pairs", "similarity_matrix"} <= set(layer)
+    for merge in ("merge-relu-average-t0.99", "merge-error-refit-b2x1"):
+        result = json.loads((root / f"merges/{merge}/docs/evaluation_results.json").read_text())
+        assert {"original_metrics", "merged_metrics", "metrics_change", "merge_info"} <= set(result)
+        assert {"perplexity_change", "accuracy_change_percent"} <= set(result["metrics_change"])
+    figures = root / "figures/docs"
+    for name in ("metrics_comparison", "merged_pairs_per_layer", "metrics_change"):
+        for suffix in (".png", ".svg"):
+            assert (figures / name).with_suffix(suffix).stat().st_size > 5000
+    results = [p for p in Path(finished.folder).rglob("*.json") if "provenance" not in p.parts]
+    assert not [p for p in results if "seconds" in p.read_text() and "merges" in p.parts]

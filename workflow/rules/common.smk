@@ -1,0 +1,94 @@
+"""Configuration, wildcards and the few helpers that rules share."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, f"{workflow.basedir}/src")
+
+from headroom import digest, experiment, jobs, locks
+from headroom.errors import InputError
+from headroom.heads import families
+from headroom.recipes import METRICS, Merge, Remove, canonical, parse_recipe, parse_step
+from headroom.recipes import recipe_regex, step_regex
+
+try:
+    locks.remove_stale(Path(".snakemake"))
+    config = experiment.load(
+        config, Path(workflow.basedir, "workflow/schemas/config.schema.yaml")
+    )
+except InputError as error:
+    sys.exit(f"headroom: {error}")
+
+RECIPE = recipe_regex(list(config["checkpoints"]))
+
+
+wildcard_constraints:
+    base="|".join(map(re.escape, config["checkpoints"])),
+    trained="|".join(
+        name for name, base in config["checkpoints"].items() if "train" in base
+    )
+    or "-",
+    recipe=RECIPE,
+    parent=RECIPE,
+    step=f"{step_regex(Merge)}|{step_regex(Remove)}",
+    corpus="|".join(config["corpora"]),
+    split="train|calibration|evaluation",
+    metric="|".join(METRICS),
+
+
+def settings(*keys):
+    """The named parts of the configuration ("heads.calibration"), nested, sorted and plain."""
+    found = {}
+    for key in keys:
+        *path, last = key.split(".")
+        source, target = config, found
+        for part in path:
+            source, target = source[part], target.setdefault(part, {})
+        target[last] = source[last]
+    return experiment.sanitised(found)
+
+
+def model_settings(*keys):
+    """The same, with what decides how a model computes."""
+    return settings("compute.device", "compute.dtype", "compute.threads", *keys)
+
+
+def code_digest(script):
+    """A digest of a rule's script and of all of headroom that it imports."""
+    return digest.code_digest(
+        Path(workflow.basedir, "workflow/scripts", f"{script}.py")
+    )
+
+
+def base_of(recipe):
+    """The base checkpoint of a recipe."""
+    return parse_recipe(recipe).base
+
+
+def tokens_of(recipe, corpus, split):
+    """The token stream that a recipe's tokenizer makes of a corpus' split."""
+    return f"results/tokens/{base_of(recipe)}/{corpus}/{split}.safetensors"
+
+
+def halvings(wildcards, attempt):
+    """How often a job that is tried again halves its micro-batch before it starts."""
+    return attempt - 1
+
+
+def memory(factor):
+    """Megabytes: a fixed part and a multiple of the checkpoint's bytes, doubled by each attempt."""
+
+    def mem_mb(wildcards, input, attempt):
+        folder = Path(str(input.get("checkpoint", "")))
+        files = os.scandir(folder) if folder.is_dir() else []
+        size = sum(file.stat().st_size for file in files) / 1e6
+        return int(config["compute"]["mem_mb"] + factor * size) * 2 ** (attempt - 1)
+
+    return mem_mb
+
+
+def light_memory(wildcards, attempt):
+    """Megabytes of a job that runs no model, doubled by each attempt."""
+    return 700 * 2 ** (attempt - 1)

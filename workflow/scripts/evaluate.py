@@ -1,0 +1,24 @@
+"""Perplexity, accuracy and sizes of a checkpoint on held-out text."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
+
+from headroom import jobs
+
+params = snakemake.params
+jobs.start(snakemake.log[0], params.code, params.settings, snakemake.resources.halvings)
+
+from headroom.evaluation.judge import judge
+
+judge(
+    checkpoint=snakemake.input.checkpoint,
+    tokens=snakemake.input.tokens,
+    names={"recipe": snakemake.wildcards.recipe, "corpus": snakemake.wildcards.corpus},
+    settings=params.settings,
+    batch=max(1, snakemake.resources.batch >> snakemake.resources.halvings),
+    summary_file=snakemake.output.summary,
+    documents_file=snakemake.output.documents,
+)
+jobs.write_provenance(snakemake.output.provenance, params.code, params.settings)

@@ -1,0 +1,22 @@
+"""Similarity of every two heads of a layer by one metric."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
+
+from headroom import jobs
+
+params = snakemake.params
+jobs.start(snakemake.log[0], params.code, params.settings, snakemake.resources.halvings)
+
+from headroom.heads.measure import measure_checkpoint
+
+measure_checkpoint(
+    checkpoint=snakemake.input.checkpoint,
+    tokens=snakemake.input.tokens,
+    metric=snakemake.wildcards.metric,
+    settings=params.settings,
+    halvings=snakemake.resources.halvings,
+    output=snakemake.output[0],
+)

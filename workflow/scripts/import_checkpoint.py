@@ -1,0 +1,17 @@
+"""A checkpoint from a folder or a hub, as links inside a folder of results."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
+
+from headroom import jobs
+
+params = snakemake.params
+jobs.start(snakemake.log[0], params.code, params.settings, snakemake.resources.halvings)
+
+from headroom.checkpoints import import_checkpoint
+
+name = snakemake.wildcards.base
+with jobs.staged(snakemake.output.checkpoint) as folder:
+    import_checkpoint(params.settings["checkpoints"][name], name, folder)

@@ -1,0 +1,26 @@
+"""Merge or remove heads: a smaller checkpoint and the log of what became one."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
+
+from headroom import jobs
+
+params = snakemake.params
+jobs.start(snakemake.log[0], params.code, params.settings, snakemake.resources.halvings)
+
+from headroom.heads.reduce import reduce_checkpoint
+
+with jobs.staged(snakemake.output.checkpoint) as folder:
+    reduce_checkpoint(
+        checkpoint=snakemake.input.checkpoint,
+        step=snakemake.wildcards.step,
+        similarity=snakemake.input.get("similarity"),
+        inputs=snakemake.input.inputs,
+        settings=params.settings,
+        halvings=snakemake.resources.halvings,
+        output=folder,
+        log=snakemake.output.log,
+    )
+jobs.write_provenance(snakemake.output.provenance, params.code, params.settings)
