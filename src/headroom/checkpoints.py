@@ -7,6 +7,7 @@ that look at a checkpoint need only its configuration.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 POSITIONS = 512  # that a model trained here takes, or its training window where that is longer
 MANIFEST = "manifest.json"
+INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -157,13 +159,14 @@ class Tensors:
         """Map each name to its shard.
 
         Raises:
-            InputError: if the folder holds no safetensors (pickled weights are not opened).
+            InputError: if the folder holds no safetensors (pickled weights are not opened), or its
+                index names files elsewhere.
         """
         self.folder = Path(checkpoint)
         check_manifest(self.folder)
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            self.shards: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        self.shards: dict[str, str]
+        if (self.folder / INDEX).is_file():
+            self.shards = _read_index(self.folder)
         elif (self.folder / "model.safetensors").is_file():
             with self._open("model.safetensors") as file:
                 self.shards = dict.fromkeys(file.keys(), "model.safetensors")
@@ -197,6 +200,22 @@ class Tensors:
         return found
 
 
+def _read_index(folder: Path) -> dict[str, str]:
+    """Return the shard of each tensor by a checkpoint's index.
+
+    Raises:
+        InputError: for a shard that is no plain file name: it could lie, or be written, anywhere.
+    """
+    found = json.loads((folder / INDEX).read_text())["weight_map"]
+    for shard in sorted(set(found.values())):
+        if not re.fullmatch(r"[^/\\]+\.safetensors", shard):
+            raise InputError(
+                f"{folder / INDEX} names the shard {shard!r} (allowed: names of .safetensors files "
+                f"in the same folder)"
+            )
+    return found
+
+
 def write_derived(
     parent: str | os.PathLike,
     output: Path,
@@ -220,9 +239,9 @@ def write_derived(
         kept = {name: replace(name, source[name]).contiguous() for name in names}
         total += sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
         save_file(kept, output / shard, metadata={"format": "pt"})
-    if (source.folder / "model.safetensors.index.json").is_file():
+    if (source.folder / INDEX).is_file():
         index = {"metadata": {"total_size": total}, "weight_map": source.shards}
-        write_json(output / "model.safetensors.index.json", index)
+        write_json(output / INDEX, index)
     write_json(output / "config.json", config)
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (source.folder / name).is_file():
@@ -274,7 +293,7 @@ def check_manifest(folder: str | os.PathLike, hashes: bool = False) -> None:
             )
 
 
-def import_checkpoint(source: dict, name: str, output: Path) -> None:
+def import_checkpoint(source: dict, name: str, output: Path) -> str | None:
     """Fill a folder with links to the files of a checkpoint on disk or on the hub.
 
     Links inside a real folder: sixteen gigabytes are not copied, and the folder is an artifact like
@@ -285,24 +304,36 @@ def import_checkpoint(source: dict, name: str, output: Path) -> None:
         name: the checkpoint's name in the configuration, for messages.
         output: an empty folder.
 
+    Returns:
+        The commit that a hub's revision stood for; None of a folder.
+
     Raises:
-        InputError: if it can't be fetched, or holds no safetensors.
+        InputError: if it can't be fetched, lacks a shard, or holds no safetensors.
     """
     if "hub" in source:
         folder = _fetch(source, name)
     else:
         folder = Path(source["path"]).expanduser().resolve()
-    wanted = {"config.json", "generation_config.json", *TOKENIZER_FILES}
+    # Of the weights only those that are read: repositories hold them a second time under other
+    # names (consolidated.safetensors, model.fp16.safetensors).
+    indexed = (folder / INDEX).is_file()
+    shards = set(_read_index(folder).values()) if indexed else {"model.safetensors"}
+    wanted = {"config.json", "generation_config.json", *TOKENIZER_FILES, *shards}
     for file in sorted(folder.iterdir()):
-        if file.name in wanted or file.name.endswith((".safetensors", ".safetensors.index.json")):
+        if file.name in wanted or (indexed and file.name == INDEX):
             (output / file.name).symlink_to(file.resolve())
-    if not list(output.glob("*.safetensors")):
+    missing = sorted(shard for shard in shards if not (output / shard).is_file())
+    if missing and indexed:
+        raise InputError(f"config key checkpoints.{name}: {folder} lacks {', '.join(missing)}")
+    if missing:
         raise InputError(
-            f"config key checkpoints.{name}: {folder} holds no .safetensors (pickled weights such "
-            f"as .bin can run code and are not opened; save the model with safe_serialization)"
+            f"config key checkpoints.{name}: {folder} holds no .safetensors to read (allowed: "
+            f"model.safetensors, or shards with an index; pickled weights such as .bin can run "
+            f"code and are not opened: save the model with safe_serialization)"
         )
     geometry(read_config(output), f"config key checkpoints.{name}")
     write_manifest(output)
+    return folder.name if "hub" in source else None  # a snapshot's folder is named by its commit
 
 
 def _fetch(source: dict, name: str) -> Path:
@@ -310,9 +341,15 @@ def _fetch(source: dict, name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    unread = ["consolidated*", "*/*"]  # the same weights again, in other layouts
     try:
         return Path(
-            snapshot_download(source["hub"], revision=source["revision"], allow_patterns=wanted)
+            snapshot_download(
+                source["hub"],
+                revision=source["revision"],
+                allow_patterns=wanted,
+                ignore_patterns=unread,
+            )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -10,13 +10,14 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -94,6 +95,7 @@ def staged(output: str | os.PathLike) -> Iterator[Path]:
     Nothing half-written ever has the name of a result.
     """
     output = Path(output)
+    _remove_abandoned(output)
     staging = output.with_name(f".{output.name}.{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -103,6 +105,28 @@ def staged(output: str | os.PathLike) -> Iterator[Path]:
         os.replace(staging, output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _remove_abandoned(output: Path) -> None:
+    """Remove the staging folders that killed processes left beside an output.
+
+    A living process of this host keeps its own. Numbers of other hosts' processes say nothing
+    here, but Snakemake starts one job an output: nobody else works on this one.
+    """
+    for folder in output.parent.glob(".*"):
+        found = re.fullmatch(rf"\.{re.escape(output.name)}\.(\d+)", folder.name)
+        if found and not _alive(int(found[1])):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True  # another user's
+    return True
 
 
 @contextlib.contextmanager
@@ -137,15 +161,23 @@ def _files(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 
 
-def write_provenance(path: str | os.PathLike, code: str, settings: object) -> None:
+def write_provenance(
+    path: str | os.PathLike, code: str, settings: object, notes: Mapping | None = None
+) -> None:
     """Write beside a result how it came to be: settings, code, versions, commit, machine, time.
 
     Kept out of the result itself, so that equal work gives equal bytes.
+
+    Args:
+        path: the file.
+        code, settings: what the job computed with.
+        notes: what the job found out beside its result.
     """
     names = ("torch", "transformers", "tokenizers", "datasets", "numpy", "POT", "snakemake")
     write_json(
         Path(path),
         {
+            **(notes or {}),
             "settings": settings,
             "code": code,
             "commit": _commit(),

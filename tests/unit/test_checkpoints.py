@@ -1,6 +1,7 @@
 """Checkpoints: derived copies shard by shard, manifests, what is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from headroom.checkpoints import (
     write_manifest,
 )
 from headroom.errors import InputError
+from headroom.evaluation.cost import sizes
 from headroom.verify import verify
 
 SIZES = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24}
@@ -84,6 +86,62 @@ def test_an_import_links_and_refuses_pickles(checkpoint, tmp_path):
     (pickled / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(InputError, match=r"checkpoints.mine: .* holds no .safetensors"):
         import_checkpoint({"path": str(pickled)}, "mine", empty)
+
+
+def test_an_import_takes_each_weight_once(checkpoint, tmp_path):
+    """Repositories hold the same weights again under names that transformers doesn't read."""
+    shards = {path.name for path in checkpoint.glob("*.safetensors")}
+    for name in ("consolidated.safetensors", "model.fp16.safetensors"):
+        (checkpoint / name).write_bytes(b"the same again")
+    output = tmp_path / "imported"
+    output.mkdir()
+    assert import_checkpoint({"path": str(checkpoint)}, "mine", output) is None
+    assert {path.name for path in output.glob("*.safetensors")} == shards
+    weights = sum((checkpoint / name).stat().st_size for name in shards)
+    assert sizes(checkpoint, 16)["checkpoint_bytes"] == weights
+    assert sizes(output, 16)["checkpoint_bytes"] == weights
+    if len(shards) > 1:
+        (checkpoint / sorted(shards)[0]).unlink()
+        (tmp_path / "again").mkdir()
+        with pytest.raises(InputError, match=r"checkpoints.mine: .* lacks model-00001-of"):
+            import_checkpoint({"path": str(checkpoint)}, "mine", tmp_path / "again")
+
+
+def test_a_hub_checkpoint_is_fetched_once_and_its_commit_told(checkpoint, tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    weights = [path.name for path in checkpoint.iterdir()]
+    offered = [*weights, "consolidated.safetensors", "original/params.json", "pytorch_model.bin"]
+    snapshot = tmp_path / "snapshots" / ("0123456789" * 4)
+
+    def download(repository, revision, allow_patterns, ignore_patterns):
+        assert (repository, revision) == ("someone/model", "main")
+        wanted = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        assert sorted(filter_repo_objects(offered, **wanted)) == sorted(weights)
+        shutil.copytree(checkpoint, snapshot)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    output = tmp_path / "imported"
+    output.mkdir()
+    commit = import_checkpoint({"hub": "someone/model", "revision": "main"}, "mine", output)
+    assert commit == "0123456789" * 4
+    assert Tensors(output).names() == Tensors(checkpoint).names()
+
+
+@pytest.mark.parametrize(
+    "shard", ["../secret.safetensors", "/tmp/x.safetensors", "a\\b.safetensors", "x"]
+)
+def test_an_index_names_no_file_elsewhere(checkpoint, tmp_path, shard):
+    index = {"weight_map": {"lm_head.weight": shard}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match=r"index.json names the shard"):
+        Tensors(checkpoint)
+    with pytest.raises(InputError, match=r"index.json names the shard"):
+        import_checkpoint({"path": str(checkpoint)}, "mine", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize(

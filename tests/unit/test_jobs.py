@@ -1,5 +1,6 @@
 """What every job does before and after its work, in real processes."""
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -66,6 +67,32 @@ def test_staged_output_appears_whole_or_not_at_all(tmp_path):
         (folder / "new").write_text("whole")
     assert [p.name for p in output.iterdir()] == ["new"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_job_left_is_removed_and_a_living_ones_is_not(tmp_path):
+    killed = """
+    import os
+    from headroom import jobs
+    with jobs.staged("out") as folder:
+        (folder / "new").write_text("half")
+        os.kill(os.getpid(), 9)
+    """
+    run(killed, tmp_path)
+    assert len(list(tmp_path.glob(".out.*"))) == 1
+    twin = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    kept = {f".out.{twin.pid}", ".out.notes", ".outer.1234567", ".out.1234567.x"}
+    for name in kept:
+        (tmp_path / name).mkdir()
+    with jobs.staged(tmp_path / "out") as folder:
+        names = {path.name for path in tmp_path.iterdir()}
+        assert names == kept | {folder.name}
+    twin.communicate(b"\n")
+
+
+def test_provenance_holds_what_the_job_found_out(tmp_path):
+    jobs.write_provenance(tmp_path / "p.json", "code", {"x": 1}, {"hub_commit": "abc"})
+    found = json.loads((tmp_path / "p.json").read_text())
+    assert (found["hub_commit"], found["settings"], found["code"]) == ("abc", {"x": 1}, "code")
 
 
 def test_state_belongs_to_settings_code_and_the_bytes_of_inputs(tmp_path, monkeypatch):

@@ -1,11 +1,15 @@
 """Every example plans, the cluster's profile asks for what it should, recipes compose."""
 
+import copy
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
+import yte
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from .conftest import ROOT, SMALL, Workflow
 
@@ -42,9 +46,84 @@ def test_the_profile_is_right_without_a_cluster_of_ones_own(empty, monkeypatch):
     assert "slurm_partition" not in result and "disk_mb=2000" in result
 
 
-def test_gpu_jobs_take_turns_on_one_machine_but_not_on_a_cluster(empty):
-    text = (empty.folder / "profiles/default/config.yaml").read_text()
-    assert "?if not cluster:" in text and "gpu: 1" in text
+@pytest.mark.parametrize(
+    ("arguments", "profile", "limited"),
+    [
+        (["--cores", "all"], None, True),
+        (["--profile=slurm"], None, False),
+        (["-e", "slurm"], None, False),
+        (["--cores", "all"], "slurm", False),
+    ],
+)
+def test_gpu_jobs_take_turns_on_one_machine_but_not_on_a_cluster(
+    monkeypatch, arguments, profile, limited
+):
+    monkeypatch.setattr(sys, "argv", ["snakemake", *arguments])
+    monkeypatch.delenv("SNAKEMAKE_PROFILE", raising=False)
+    if profile:
+        monkeypatch.setenv("SNAKEMAKE_PROFILE", profile)
+    found = yte.process_yaml((ROOT / "profiles/default/config.yaml").read_text())
+    assert ("resources" in found) == limited
+    assert not limited or found["resources"]["gpu"] == 1
+
+
+def small_llama(folder):
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def test_a_checkpoint_with_dots_in_its_name_and_a_second_corpus(empty):
+    small_llama(empty.folder / "model")
+    config = copy.deepcopy(SMALL)
+    config["checkpoints"]["llama-3.2-1b"] = {"path": "model"}
+    config["checkpoints"]["small.1"] = {"train": SMALL["checkpoints"]["tiny"]["train"]}
+    config["corpora"]["other"] = {"packages": ["numpy"]}
+    config["evaluation"]["corpora"] = ["other"]
+    empty.configure(config)
+    result = empty.run("-n").stdout
+    blocks = re.findall(r"^rule evaluate:\n((?:    .*\n)+)", result, flags=re.M)
+    inputs = {re.search("recipe=(.*), ", block)[1]: block.split("output:")[0] for block in blocks}
+    docs = "results/corpora/docs/"
+    assert docs not in inputs["llama-3.2-1b"]
+    assert f"{docs}calibration.parquet" in inputs["llama-3.2-1b+merge-error-refit-b2x1"]
+    assert f"{docs}train.parquet" in inputs["small.1"]
+    assert "results/provenance/checkpoints/llama-3.2-1b.json" in result
+
+
+def test_a_study_without_merges_shows_its_similarities(empty):
+    config = copy.deepcopy(SMALL)
+    config["heads"]["merges"] = []
+    empty.configure(config)
+    planned = empty.planned()
+    assert {"head_similarity", "similarity_maps", "latency_figure"} <= set(planned)
+    assert not {"head_figures", "reduce_heads", "compare_heads"} & set(planned)
+
+
+def test_latency_takes_one_checkpoint_a_shape_and_asks_for_their_memory(empty):
+    config = copy.deepcopy(SMALL)
+    config["heads"]["merges"][1]["methods"] = ["aligned", "refit"]
+    empty.configure(config)
+    recipes = ("tiny", "tiny+merge-error-aligned-b2x1")
+    for recipe in recipes:  # files of holes
+        folder = empty.folder / "results/checkpoints" / recipe
+        folder.mkdir(parents=True)
+        with (folder / "model.safetensors").open("wb") as file:
+            file.truncate(10**9)
+    with (empty.folder / "model.safetensors").open("wb") as file:  # the working directory's own
+        file.truncate(10**9)
+    target = "results/latency/tiny.json"
+    result = empty.run("-n", "--cores", "8", target).stdout
+    (block,) = re.findall(r"^rule decode_latency:\n((?:    .*\n)+)", result, flags=re.M)
+    inputs = re.search("input: (.*)", block)[1]
+    assert inputs.split(", ") == [f"results/checkpoints/{recipe}" for recipe in recipes]
+    assert "threads: 8" in block and "mem_mb=6500" in block
 
 
 @pytest.mark.parametrize("target", ["heads", "all", "evaluations"])

@@ -30,7 +30,7 @@ rule train_checkpoint:
     params:
         code=code_digest("train_checkpoint"),
         settings=lambda wildcards: settings(
-            "compute.device", f"checkpoints.{wildcards.trained}.train"
+            "compute.device", ("checkpoints", wildcards.trained, "train")
         ),
     script:
         "../scripts/train_checkpoint.py"
@@ -41,6 +41,7 @@ rule import_checkpoint:
         base_files,
     output:
         checkpoint=directory("results/checkpoints/{base}"),
+        provenance="results/provenance/checkpoints/{base}.json",
     log:
         "results/logs/import_checkpoint/{base}.log",
     benchmark:
@@ -53,6 +54,6 @@ rule import_checkpoint:
         halvings=halvings,
     params:
         code=code_digest("import_checkpoint"),
-        settings=lambda wildcards: settings(f"checkpoints.{wildcards.base}"),
+        settings=lambda wildcards: settings(("checkpoints", wildcards.base)),
     script:
         "../scripts/import_checkpoint.py"

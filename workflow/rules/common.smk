@@ -27,7 +27,9 @@ RECIPE = recipe_regex(list(config["checkpoints"]))
 wildcard_constraints:
     base="|".join(map(re.escape, config["checkpoints"])),
     trained="|".join(
-        name for name, base in config["checkpoints"].items() if "train" in base
+        re.escape(name)
+        for name, base in config["checkpoints"].items()
+        if "train" in base
     )
     or "-",
     recipe=RECIPE,
@@ -39,10 +41,13 @@ wildcard_constraints:
 
 
 def settings(*keys):
-    """The named parts of the configuration ("heads.calibration"), nested, sorted and plain."""
+    """The named parts of the configuration ("heads.calibration"), nested, sorted and plain.
+
+    A key with a name that may hold dots is a tuple: ("checkpoints", "llama-3.2-1b").
+    """
     found = {}
     for key in keys:
-        *path, last = key.split(".")
+        *path, last = key.split(".") if isinstance(key, str) else key
         source, target = config, found
         for part in path:
             source, target = source[part], target.setdefault(part, {})
@@ -78,11 +83,19 @@ def halvings(wildcards, attempt):
 
 
 def memory(factor):
-    """Megabytes: a fixed part and a multiple of the checkpoint's bytes, doubled by each attempt."""
+    """Megabytes: a fixed part and a multiple of the checkpoints' bytes, doubled by each attempt."""
 
     def mem_mb(wildcards, input, attempt):
-        folder = Path(str(input.get("checkpoint", "")))
-        files = os.scandir(folder) if folder.is_dir() else []
+        folders = [*input.get("checkpoints", [])]
+        if "checkpoint" in input.keys():
+            folders.append(input.checkpoint)
+        # A checkpoint that isn't made yet counts nothing; Snakemake asks again before the job.
+        files = [
+            file
+            for folder in map(str, folders)
+            if os.path.isdir(folder)
+            for file in os.scandir(folder)
+        ]
         size = sum(file.stat().st_size for file in files) / 1e6
         return int(config["compute"]["mem_mb"] + factor * size) * 2 ** (attempt - 1)
 

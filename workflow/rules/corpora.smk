@@ -48,7 +48,7 @@ rule train_tokenizer:
     params:
         code=code_digest("train_tokenizer"),
         settings=lambda wildcards: settings(
-            f"checkpoints.{wildcards.base}.train.vocabulary"
+            ("checkpoints", wildcards.base, "train", "vocabulary")
         ),
     script:
         "../scripts/train_tokenizer.py"
@@ -72,6 +72,6 @@ rule tokenize:
         halvings=halvings,
     params:
         code=code_digest("tokenize"),
-        settings=lambda wildcards: settings(f"corpora.{wildcards.corpus}.boundary"),
+        settings=lambda wildcards: settings(("corpora", wildcards.corpus, "boundary")),
     script:
         "../scripts/tokenize.py"

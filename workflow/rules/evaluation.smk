@@ -7,6 +7,8 @@ rule evaluate:
         tokens=lambda wildcards: tokens_of(
             wildcards.recipe, wildcards.corpus, "evaluation"
         ),
+        documents="results/corpora/{corpus}/evaluation.parquet",
+        seen=seen_documents,
     output:
         summary=ensure("results/evaluations/{recipe}/{corpus}.json", non_empty=True),
         documents=ensure(
@@ -46,8 +48,9 @@ rule decode_latency:
         "results/benchmarks/decode_latency/{recipe}.jsonl"
     conda:
         "../../envs/torch.yaml"
-    # Alone on the machine, so that no other job of this workflow slows a measurement.
-    threads: workflow.resource_settings.cores or 1
+    # Alone on the machine, so that no other job of this workflow slows a measurement. A cluster
+    # knows no cores here: then as many as the job computes with.
+    threads: max(config["compute"]["threads"], workflow.resource_settings.cores or 1)
     resources:
         mem_mb=memory(2.5),
         runtime=config["compute"]["runtime"],

@@ -52,9 +52,11 @@ def heads_targets():
             f"{root}/similarity_{metric}.png" for metric in config["heads"]["metrics"]
         ]
         targets += [f"{root}/similarity_distribution.png", f"{root}/decode_latency.png"]
-        targets += [
-            f"{root}/{corpus}/table.csv" for corpus in config["evaluation"]["corpora"]
-        ]
+        if families.steps(config["heads"]):
+            targets += [
+                f"{root}/{corpus}/table.csv"
+                for corpus in config["evaluation"]["corpora"]
+            ]
     return targets
 
 

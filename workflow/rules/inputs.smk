@@ -13,7 +13,7 @@ def corpus_files(wildcards):
 
 def source_settings(wildcards):
     """What decides a corpus' documents; the boundary token decides only the token stream."""
-    found = settings(f"corpora.{wildcards.corpus}")
+    found = settings(("corpora", wildcards.corpus))
     found["corpora"][wildcards.corpus].pop("boundary")
     return found
 
@@ -40,9 +40,32 @@ def evaluation_targets():
 
 
 def latency_checkpoints(wildcards):
-    """A checkpoint and its derived ones whose shape differs: the others decode just as fast."""
-    recipes = [wildcards.recipe]
+    """A checkpoint and one derived one of each other shape: equal shapes decode equally fast."""
+    shapes = {}
     for step in families.steps(config["heads"]):
-        if parse_step(step).selection.startswith("b"):
-            recipes.append(f"{wildcards.recipe}+{step}")
+        selection = parse_step(step).selection
+        if selection.startswith("b"):
+            shapes.setdefault(selection, f"{wildcards.recipe}+{step}")
+    recipes = [wildcards.recipe, *shapes.values()]
     return [f"results/checkpoints/{recipe}" for recipe in recipes]
+
+
+def texts_used(recipe):
+    """The (corpus, split) whose documents made a checkpoint what it is."""
+    steps, base = parse_recipe(recipe).steps, config["checkpoints"][base_of(recipe)]
+    used = [(base["train"]["corpus"], "train")] if "train" in base else []
+    if any(isinstance(step, (Merge, Remove)) for step in steps):
+        used.append((config["heads"]["calibration"]["corpus"], "calibration"))
+    return used
+
+
+def seen_documents(wildcards):
+    """Documents of other corpora that a checkpoint has seen, to be held against the held-out ones.
+
+    The splits of one corpus share no document as it is.
+    """
+    return [
+        f"results/corpora/{corpus}/{split}.parquet"
+        for corpus, split in texts_used(wildcards.recipe)
+        if corpus != wildcards.corpus
+    ]

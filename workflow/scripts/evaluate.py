@@ -15,6 +15,8 @@ from headroom.evaluation.judge import judge
 judge(
     checkpoint=snakemake.input.checkpoint,
     tokens=snakemake.input.tokens,
+    documents=snakemake.input.documents,
+    seen=snakemake.input.seen,
     names={"recipe": snakemake.wildcards.recipe, "corpus": snakemake.wildcards.corpus},
     settings=params.settings,
     batch=max(1, snakemake.resources.batch >> snakemake.resources.halvings),

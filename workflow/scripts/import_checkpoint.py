@@ -14,4 +14,6 @@ from headroom.checkpoints import import_checkpoint
 
 name = snakemake.wildcards.base
 with jobs.staged(snakemake.output.checkpoint) as folder:
-    import_checkpoint(params.settings["checkpoints"][name], name, folder)
+    commit = import_checkpoint(params.settings["checkpoints"][name], name, folder)
+notes = {"hub_commit": commit} if commit else {}
+jobs.write_provenance(snakemake.output.provenance, params.code, params.settings, notes)

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -303,11 +303,40 @@ def read_texts(path: str | Path) -> list[str]:
 
 def _assert_disjoint(outputs: Mapping[str, str | Path]) -> None:
     """Read the ids back from the files: what counts is what was written."""
+    ids = [identity for split in SPLITS for identity in _read_ids(outputs[split])]
+    if len(ids) != len(set(ids)):
+        folder = Path(outputs["evaluation"]).parent
+        raise RuntimeError(f"{folder}: two splits share a document, or one holds it twice")
+
+
+def _read_ids(path: str | Path) -> list[str]:
     import pyarrow.parquet
 
-    ids = [
-        identity
-        for split in SPLITS
-        for identity in pyarrow.parquet.read_table(outputs[split], columns=["id"])["id"].to_pylist()
-    ]
-    assert len(ids) == len(set(ids)), "two splits share a document"
+    return pyarrow.parquet.read_table(path, columns=["id"])["id"].to_pylist()
+
+
+def check_unseen(documents: str | Path, rows: Sequence[int], seen: Sequence[str | Path]) -> None:
+    """Refuse held-out documents that are among those of other corpora.
+
+    The splits of one corpus are disjoint by themselves; two corpora may hold the same document.
+
+    Args:
+        documents: the Parquet file of the held-out split, in a folder named like its corpus.
+        rows: which of its documents are read.
+        seen: Parquet files of other corpora, in folders named like them.
+
+    Raises:
+        InputError: naming both corpora.
+    """
+    if not seen:
+        return
+    ids = _read_ids(documents)
+    wanted, corpus = {ids[row] for row in rows}, Path(documents).parent.name
+    for path in map(Path, seen):
+        if shared := wanted.intersection(_read_ids(path)):
+            raise InputError(
+                f"config key evaluation.corpora: {len(shared)} of {len(wanted)} documents that "
+                f"are read of {corpus} are also in the {path.stem} split of corpus "
+                f"{path.parent.name}, which the checkpoint has seen (allowed: corpora without "
+                f"common documents, or one corpus for both)"
+            )

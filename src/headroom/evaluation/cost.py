@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from headroom.checkpoints import Tensors, geometry, load_model, read_config
+from headroom.checkpoints import Tensors, geometry, load_model, read_config, resolve_device
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -37,7 +37,7 @@ def sizes(checkpoint: str | Path, window: int) -> dict:
     tied = config.get("tie_word_embeddings", False) and "lm_head.weight" not in tensors
     table = shape.vocabulary * shape.hidden
     multiplied = counts["attention"] + counts["ffn"] + table
-    files = Path(checkpoint).glob("*.safetensors")
+    files = [tensors.folder / shard for shard in set(tensors.shards.values())]
     dtype = tensors.shapes()["model.layers.0.self_attn.k_proj.weight"][1]
     attended = shape.layers * shape.heads * shape.head_dim * window
     return {
@@ -185,5 +185,6 @@ def describe_latency(settings: Mapping) -> str:
     wanted, compute = settings["evaluation"]["latency"], settings["compute"]
     return (
         f"prompt of {wanted['prompt']} tokens, batch {wanted['batch']}, {wanted['runs']} runs, "
-        f"{compute['dtype']}, {compute['threads']} thread" + ("s" if compute["threads"] > 1 else "")
+        f"{resolve_device(compute['device'])}, {compute['dtype']}, "
+        f"{compute['threads']} thread" + ("s" if compute["threads"] > 1 else "")
     )

@@ -1,11 +1,13 @@
 """The job that judges one checkpoint on one corpus."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from headroom.checkpoints import load_model, write_json
+from headroom.corpora.text import check_unseen
 from headroom.corpora.tokens import load_stream, windows
 from headroom.evaluation.cost import sizes
 from headroom.evaluation.perplexity import score_documents, summary
@@ -14,6 +16,8 @@ from headroom.evaluation.perplexity import score_documents, summary
 def judge(
     checkpoint: str,
     tokens: str,
+    documents: str,
+    seen: Sequence[str],
     names: Mapping[str, str],
     settings: Mapping,
     batch: int,
@@ -25,16 +29,22 @@ def judge(
     Args:
         checkpoint: its folder.
         tokens: token stream of the evaluation split.
+        documents: the documents that the token stream was made of.
+        seen: documents of other corpora that the checkpoint was trained or calibrated on.
         names: recipe and corpus.
         settings: ``compute`` and ``evaluation`` of the configuration.
         batch: windows at once; it changes no number beyond rounding.
         summary_file, documents_file: JSON and Parquet to write.
+
+    Raises:
+        InputError: if the checkpoint has seen one of the documents.
     """
     evaluation, compute = settings["evaluation"], settings["compute"]
     torch.set_num_threads(compute["threads"])
     stream = load_stream(tokens)
     tokens_WT, documents_WT = windows(stream, evaluation["window"], "evaluation.window")
     count = evaluation["sequences"]
+    check_unseen(documents, np.unique(documents_WT[:count]), seen)
     model = load_model(checkpoint, compute["device"], compute["dtype"])
     table = score_documents(model, tokens_WT[:count], documents_WT[:count], batch)
     table.to_parquet(documents_file, index=False)

@@ -13,7 +13,9 @@ from headroom.corpora import documentation
 from headroom.corpora.text import (
     FRACTIONS,
     SPLITS,
+    _assert_disjoint,
     bucket,
+    check_unseen,
     document_id,
     documents,
     read_texts,
@@ -51,6 +53,33 @@ def test_every_document_once_and_splits_disjoint(tmp_path):
     table = pyarrow.parquet.read_table(tmp_path / "out" / "train.parquet")
     assert table.column_names == ["id", "text"]
     assert table["id"].to_pylist() == [document_id(text) for text in found["train"]]
+
+
+def test_held_out_documents_of_another_corpus_are_found(tmp_path):
+    def corpus(name, texts):
+        (tmp_path / name).mkdir()
+        paths = {split: tmp_path / name / f"{split}.parquet" for split in SPLITS}
+        write_splits({"path": plain(tmp_path / f"{name}.txt", texts)}, paths, name)
+        return paths
+
+    first = corpus("first", STORIES)
+    held = read_texts(first["evaluation"])
+    other = corpus("other", [f"Other {i}." for i in range(200)])
+    check_unseen(first["evaluation"], range(len(held)), [other["train"], other["calibration"]])
+    rows = [{"id": document_id(text), "text": text} for text in held[5:]]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), other["train"])
+    check_unseen(first["evaluation"], range(5), [other["train"]])  # only what is read counts
+    with pytest.raises(InputError, match=r"1 of 6 .* first .* train split of corpus other"):
+        check_unseen(first["evaluation"], range(6), [other["calibration"], other["train"]])
+
+
+def test_splits_that_share_a_document_are_an_error(tmp_path):
+    rows = pyarrow.Table.from_pylist([{"id": "a", "text": "a"}])
+    paths = {split: tmp_path / f"{split}.parquet" for split in SPLITS}
+    for path in paths.values():
+        pyarrow.parquet.write_table(rows, path)
+    with pytest.raises(RuntimeError, match="two splits share a document"):
+        _assert_disjoint(paths)
 
 
 def test_more_documents_move_none(tmp_path):

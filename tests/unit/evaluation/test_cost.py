@@ -197,5 +197,8 @@ def test_latency_decodes_what_generate_does(tmp_path):
 
 def test_latency_is_described_with_what_it_depends_on():
     text = describe_latency(latency_settings(prompt=77, batch=3))
-    for part in ("77 tokens", "batch 3", "5 runs", "float32", "1 thread"):
+    for part in ("77 tokens", "batch 3", "5 runs", "float32", "1 thread", "cpu"):
         assert part in text
+    auto = latency_settings()
+    auto["compute"]["device"] = "auto"
+    assert ("cuda" if torch.cuda.is_available() else "cpu") in describe_latency(auto)
