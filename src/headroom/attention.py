@@ -74,17 +74,27 @@ def attention_modules(model: "PreTrainedModel") -> list[tuple[str, nn.Module]]:
     ]
 
 
+def check_family(model: "PreTrainedModel") -> None:
+    """Refuse a model whose attention is not that of a served decoder.
+
+    Raises:
+        InputError: naming the families that are allowed.
+    """
+    if model.config.model_type not in FAMILIES:
+        allowed = ", ".join(FAMILIES)
+        raise InputError(
+            f"model_type {model.config.model_type!r} is not served (allowed: {allowed})"
+        )
+
+
 def check_model(model: "PreTrainedModel", length: int) -> None:
     """Refuse what the maps would not be right for.
 
     Raises:
         InputError: for another family, or a sliding window shorter than the windows of text.
     """
+    check_family(model)
     config = model.config
-    if config.model_type not in FAMILIES:
-        raise InputError(
-            f"model_type {config.model_type!r} is not served (allowed: {', '.join(FAMILIES)})"
-        )
     if length > config.max_position_embeddings:
         raise InputError(
             f"config key heads.calibration.window: {length} tokens (allowed: at most "
@@ -163,11 +173,7 @@ def attention_inputs(model: "PreTrainedModel", tokens_BT: Tensor) -> AttentionIn
     Raises:
         InputError: for another family.
     """
-    if model.config.model_type not in FAMILIES:
-        allowed = ", ".join(FAMILIES)
-        raise InputError(
-            f"model_type {model.config.model_type!r} is not served (allowed: {allowed})"
-        )
+    check_family(model)
     modules = [module for _, module in attention_modules(model)]
     found: list[Tensor] = []
     rotary: list[Tensor] = []

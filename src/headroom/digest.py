@@ -87,10 +87,17 @@ def code_digest(script: Path, source: Path = SOURCE) -> str:
 
 
 @cache
-def registry_names(module: str, variable: str, source: Path = SOURCE) -> tuple[str, ...]:
+def registry_names(
+    module: str, variable: str, source: Path = SOURCE, flag: str = ""
+) -> tuple[str, ...]:
     """Return the keys of a registry (a dict literal at module level) without importing it.
 
     The grammar of recipes and the configuration need the names, not torch.
+
+    Args:
+        module, variable: where the registry is.
+        source: folder of the package.
+        flag: leave out the entries that are made with ``{flag}=False``.
 
     Raises:
         KeyError: if the module assigns no dict of that name.
@@ -100,5 +107,16 @@ def registry_names(module: str, variable: str, source: Path = SOURCE) -> tuple[s
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         named = any(isinstance(target, ast.Name) and target.id == variable for target in targets)
         if named and isinstance(getattr(node, "value", None), ast.Dict):
-            return tuple(ast.literal_eval(key) for key in node.value.keys)
+            entries = zip(node.value.keys, node.value.values, strict=True)
+            return tuple(ast.literal_eval(key) for key, made in entries if not _off(made, flag))
     raise KeyError(f"{module} has no registry {variable}")
+
+
+def _off(made: ast.expr, flag: str) -> bool:
+    """Whether a call says ``flag=False``."""
+    return isinstance(made, ast.Call) and any(
+        keyword.arg == flag
+        and isinstance(keyword.value, ast.Constant)
+        and keyword.value.value is False
+        for keyword in made.keywords
+    )

@@ -13,7 +13,7 @@ from headroom.configuration import filled, load_schema
 from headroom.corpora.documentation import installed_version
 from headroom.errors import InputError
 from headroom.heads import families
-from headroom.recipes import Recipe, parse_recipe
+from headroom.recipes import Recipe, format_step, parse_recipe
 
 WINDOW = 1024  # tokens of a window where the configuration names none
 
@@ -38,6 +38,7 @@ def load(config: dict, schema: Path) -> dict:
     families.check(full["heads"])
     for recipe in all_recipes(full):
         check_recipe(recipe, full)
+    _check_controls(full)
     return full
 
 
@@ -186,6 +187,21 @@ def check_recipe(name: str, config: dict) -> None:
     sizes = base_geometry(recipe.base, config)
     if sizes is not None:
         families.check_budgets(name, recipe.steps, sizes)
+
+
+def _check_controls(config: dict) -> None:
+    """Refuse a control whose removal can't meet the budget of the merge that it is held against."""
+    wanted = families.controls(config["heads"])
+    steps = [step for item in wanted.items() for step in families.control_steps(*item).values()]
+    for studied in config["heads"]["checkpoints"]:
+        recipe = parse_recipe(studied)
+        sizes = base_geometry(recipe.base, config)
+        for step in steps if sizes is not None else []:
+            name = f"{studied}+{format_step(step)}"
+            try:
+                families.check_budgets(name, (*recipe.steps, step), sizes)
+            except InputError as error:
+                raise InputError(f"config key heads.merges, controls: {error}") from None
 
 
 def sanitised(config: dict) -> dict:

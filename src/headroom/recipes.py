@@ -17,7 +17,8 @@ from headroom.errors import InputError
 
 BASE = r"[a-z0-9](?:[a-z0-9_.]|-(?![a-z]+-))*"
 METRICS = registry_names("headroom.heads.similarity", "METRICS")
-CRITERIA = (*METRICS, *(f"{metric}_nosink" for metric in METRICS), "error")
+WITH_SINK = registry_names("headroom.heads.similarity", "METRICS", flag="sink")
+CRITERIA = (*METRICS, *(f"{metric}_nosink" for metric in WITH_SINK), "error")
 METHODS = ("average", "aligned", "refit")
 SCORES = registry_names("headroom.heads.importance", "SCORES")
 THRESHOLD, QUANTILE = r"t[01]\.\d+", r"q0\.\d+"

@@ -84,7 +84,7 @@ def paired_bootstrap_ratio_difference(
     confidence: float = 0.95,
     transform: Transform | None = None,
     relative: bool = False,
-) -> Interval:
+) -> Interval | None:
     """Bootstrap of t(Σ after / Σ w) − t(Σ before / Σ w) on the same resamples of documents.
 
     Both systems were scored on the same tokens, so the document effect cancels and the interval is
@@ -94,7 +94,11 @@ def paired_bootstrap_ratio_difference(
         before, after: a sum per document of the original and of the changed system.
         denominator: w, tokens per document; documents of weight 0 are left out.
         transform: monotone; ``np.exp`` makes a perplexity of a mean NLL.
-        relative: divide the difference by t(Σ before / Σ w) (1 = 100 %).
+        relative: divide the difference by t(Σ before / Σ w) (1 = 100 %). Resamples where that is 0
+            are left out.
+
+    Returns:
+        None where the change is relative to 0.
 
     Raises:
         InputError: with fewer than two documents that hold a token.
@@ -103,7 +107,11 @@ def paired_bootstrap_ratio_difference(
     columns = columns[columns[:, 2] > 0]
     every = np.vstack([columns.sum(0), resampled_sums(columns, resamples, seed)])
     base, changed = _ratio(every[:, 0], every[:, 2], transform), _ratio(*every.T[1:], transform)
-    change = (changed - base) / base if relative else changed - base
+    change = changed - base
+    if relative:
+        if base[0] == 0:
+            return None
+        change = change[base != 0] / base[base != 0]
     return _interval(change[0], change[1:], confidence)
 
 

@@ -30,6 +30,10 @@ def changed(path, value, config=None):
     return config
 
 
+def merges(**family):
+    return changed("heads.merges", [{"criterion": "relu", "methods": ["refit"], **family}])
+
+
 def test_every_key_is_described():
     def leaves(node, path):
         for key, part in node.get("properties", {}).items():
@@ -110,6 +114,24 @@ def test_the_default_config_is_complete_and_plain():
             "needs thresholds",
         ),
         (
+            merges(thresholds=[0.9], budgets=["2x2"], controls=["random0", "flap"]),
+            "heads.merges.0.controls: flap removes heads down to a budget (allowed: in a family",
+        ),
+        (
+            merges(criterion="error", budgets=["2x4"], controls=["wanda_sp"]),
+            "heads.merges, controls: recipe tiny+remove-wanda_sp-drop-b2x4: recipe part 'b2x4': "
+            "not possible with 12 query heads in 4 key/value heads",
+        ),
+        (
+            merges(thresholds=[0.9], control_methods=["refit", "aligned"]),
+            "heads.merges.0.control_methods: aligned is not among the family's methods "
+            "(allowed: refit)",
+        ),
+        (
+            merges(criterion="output_nosink", thresholds=[0.9]),
+            "heads.merges.0.criterion: output_nosink is unknown (allowed: ",
+        ),
+        (
             changed("evaluation.window", 513),
             "evaluation.window is 513, but checkpoint tiny takes 512",
         ),
@@ -126,6 +148,12 @@ def test_bad_input_is_one_line_that_names_the_key(config, said):
         load(config)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_controls_that_can_be_made_are_allowed():
+    load(merges(criterion="error", budgets=["2x4"], controls=["random0", "dissimilar"]))
+    load(merges(criterion="error", budgets=["4x2"], controls=["wanda_sp", "flap"]))
+    load(merges(criterion="softmax_nosink", thresholds=[0.9], control_methods=["refit"]))
 
 
 def test_an_unserved_architecture_is_refused_before_any_job(tmp_path):

@@ -82,5 +82,9 @@ def test_digest_does_not_depend_on_the_place(tree, tmp_path_factory):
 
 def test_registry_names_are_read_without_import(tree):
     assert registry_names("headroom.high", "REGISTRY", tree[0] / "src") == ("a", "b")
+    flagged = 'REGISTRY = {"a": make(one=False), "b": make(two=False), "c": make(), "d": 1}\n'
+    (tree[0] / "src/headroom/flagged.py").write_text(flagged)
+    names = registry_names("headroom.flagged", "REGISTRY", tree[0] / "src", flag="one")
+    assert names == ("b", "c", "d")
     with pytest.raises(KeyError, match="no registry"):
         registry_names("headroom.low", "REGISTRY", tree[0] / "src")

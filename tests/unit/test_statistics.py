@@ -105,6 +105,14 @@ def test_relative_change_is_the_ratio_of_both():
     np.testing.assert_allclose(raised, np.exp(0.1) - 1, rtol=1e-9)
 
 
+def test_a_change_relative_to_nothing_is_none_and_resamples_of_nothing_are_left_out():
+    tokens, zero = np.ones(4), np.zeros(4)
+    assert paired_bootstrap_ratio_difference(zero, tokens, tokens, relative=True) is None
+    once = np.array([1.0, 0, 0, 0])  # in about 1 of 3 resamples the base is 0
+    found = paired_bootstrap_ratio_difference(once, 3 * once, tokens, relative=True)
+    np.testing.assert_allclose(found, 2.0)
+
+
 def test_paired_difference_equals_the_delta_method():
     before, tokens = sample(2000)
     after = before + tokens * np.random.default_rng(5).normal(0.05, 0.1, 2000)

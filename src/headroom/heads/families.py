@@ -40,17 +40,33 @@ def check(settings: dict) -> None:
                 f"config key {key}.criterion: {family['criterion']} is unknown "
                 f"(allowed: {', '.join(CRITERIA)})"
             )
-        for name in family["controls"]:
-            known = RANDOM.fullmatch(name) or name == "dissimilar" or name in SCORES
-            if not known:
-                raise InputError(
-                    f"config key {key}.controls: {name} is unknown (allowed: random0, random1, …, "
-                    f"dissimilar, {', '.join(SCORES)})"
-                )
+        _check_controls(key, family)
         if not _selections(family):
             raise InputError(f"config key {key} needs thresholds, quantiles or budgets")
         for step in _family(family):
             parse_step(step)
+
+
+def _check_controls(key: str, family: dict) -> None:
+    """Refuse controls that don't exist, and those that can't be made for the family's merges."""
+    for name in family["controls"]:
+        known = RANDOM.fullmatch(name) or name == "dissimilar" or name in SCORES
+        if not known:
+            raise InputError(
+                f"config key {key}.controls: {name} is unknown (allowed: random0, random1, …, "
+                f"dissimilar, {', '.join(SCORES)})"
+            )
+        if name in SCORES and (family["thresholds"] or family["quantiles"]):
+            raise InputError(
+                f"config key {key}.controls: {name} removes heads down to a budget (allowed: in a "
+                f"family with budgets alone, without thresholds and quantiles)"
+            )
+    for method in family.get("control_methods", []):
+        if method not in family["methods"]:
+            raise InputError(
+                f"config key {key}.control_methods: {method} is not among the family's methods "
+                f"(allowed: {', '.join(family['methods'])})"
+            )
 
 
 def selection(kind: str, value: float | str) -> str:

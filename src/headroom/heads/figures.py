@@ -237,7 +237,7 @@ def damage_threshold(table: pd.DataFrame, setting: str):
 
 def _percent_scale(axis, values: pd.Series) -> None:
     """Per cents around zero: linear, or logarithmic beyond ±1 where they differ too much."""
-    if values.abs().max() < 20:
+    if not values.abs().max() >= 20:  # nothing but NaN stays linear too
         return
     from matplotlib.ticker import FuncFormatter, SymmetricalLogLocator
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from headroom.attention import attention_modules, check_model, stopping, tapped
+from headroom.attention import attention_modules, check_family, check_model, stopping, tapped
 from headroom.errors import InputError
 from headroom.heads.grams import Gram, States, Workspace, exact, precision, stream, trace
 
@@ -139,8 +139,11 @@ def similarity_pass(
     """
     if metric not in METRICS:
         raise InputError(f"metric {metric!r} is unknown (allowed: {', '.join(METRICS)})")
-    check_model(model, windows_NT.shape[1])
     entry = METRICS[metric]
+    if entry.gaussian:  # no text, no positions: any length will do
+        check_family(model)
+    else:
+        check_model(model, windows_NT.shape[1])
     work = Workspace(tile=tile, form=form, tf32=tf32)
     layers = len(attention_modules(model))
     grams = [Gram(model.config.num_attention_heads, model.device) for _ in range(layers)]

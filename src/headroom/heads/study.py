@@ -74,7 +74,7 @@ def changes(before: pd.DataFrame, after: pd.DataFrame, bootstrap: Mapping) -> di
     """Return absolute and per cent changes with paired intervals over documents.
 
     Perplexity is exp(Σ nll / Σ tokens), accuracy Σ correct / Σ tokens; both tables are resampled
-    together, so that what makes a document hard cancels.
+    together, so that what makes a document hard cancels. A per cent change from 0 is None.
     """
     found: dict[str, object] = {}
     tokens = before.tokens.to_numpy(float)
@@ -92,9 +92,11 @@ def changes(before: pd.DataFrame, after: pd.DataFrame, bootstrap: Mapping) -> di
                 relative=relative,
                 **bootstrap,
             )
-            scale = 100.0 if relative else 1.0
-            found[f"{name}_change{suffix}"] = scale * change.value
-            found[f"{name}_change{suffix}_interval"] = [scale * change.low, scale * change.high]
+            scale, key = 100.0 if relative else 1.0, f"{name}_change{suffix}"
+            found[key] = None if change is None else scale * change.value
+            found[f"{key}_interval"] = (
+                [None, None] if change is None else [scale * change.low, scale * change.high]
+            )
     return found
 
 

@@ -72,8 +72,9 @@ def _row(name: str, kind: str, metrics: Mapping, change: Mapping | None, origina
             f"{measure}_interval", (float("nan"),) * 2
         )
         key = f"{measure}_change_percent"
-        row[key] = change[key] if change else 0.0
-        row[f"{key}_low"], row[f"{key}_high"] = change[f"{key}_interval"] if change else (0.0, 0.0)
+        values = [change[key], *change[f"{key}_interval"]] if change else [0.0] * 3
+        for suffix, value in zip(("", "_low", "_high"), values, strict=True):
+            row[f"{key}{suffix}"] = float("nan") if value is None else value
     return row
 
 
@@ -121,6 +122,8 @@ def as_html(table: pd.DataFrame, results: Mapping[str, Mapping]) -> str:
         change = f"{measure}_change_percent"
         shown[SHOWN[change]] = [
             f"{row[change]:+.2f} [{row[change + '_low']:+.2f}, {row[change + '_high']:+.2f}]"
+            if pd.notna(row[change])
+            else "of 0: none"
             for _, row in table.iterrows()
         ]
     formats = {"perplexity": "{:.3f}".format, "accuracy": "{:.4f}".format}

@@ -31,6 +31,7 @@ from headroom.heads.similarity import (
     stream,
     trace_pays,
 )
+from headroom.recipes import WITH_SINK
 
 SIZES = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 32, "num_hidden_layers": 2}
 CORPUS_METRICS = ("relu", "softmax", "scores", "output")
@@ -381,6 +382,10 @@ def test_a_metric_is_one_function_and_one_entry(monkeypatch):
     close(cosine(found), cosine(expected))
 
 
+def test_the_recipes_know_which_metrics_have_a_variant_without_the_sink():
+    assert {metric for metric in METRICS if METRICS[metric].sink} == set(WITH_SINK)
+
+
 def test_refusals():
     model = build("mistral", sliding_window=8)
     similarity_pass(model, windows(1, 8), "relu")
@@ -388,6 +393,8 @@ def test_refusals():
         similarity_pass(model, windows(1, 9), "relu")
     with pytest.raises(InputError, match=r"rleu.*relu_random"):
         similarity_pass(model, windows(1, 8), "rleu")
+    # Gaussian tokens are no text: neither its window nor its positions limit them.
+    assert similarity_pass(model, windows(1, 9), "relu_random")["tokens"] == 9
     with torch.no_grad():
         attention_modules(model)[1][1].q_proj.weight[0, 0] = math.nan
     with pytest.raises(InputError, match="layer 1"):

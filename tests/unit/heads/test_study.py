@@ -1,11 +1,16 @@
 """Comparisons and verdicts against closed forms and planted effects."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 
+from headroom import plotting
+from headroom.checkpoints import write_json
+from headroom.heads import figures
 from headroom.heads.study import changes, compare, compare_losses, ordering
-from headroom.heads.tables import table, verdicts
+from headroom.heads.tables import as_html, describe, table, verdicts
 
 BOOTSTRAP = {"resamples": 500, "confidence": 0.95, "seed": 0}
 
@@ -28,6 +33,32 @@ def test_a_constant_shift_changes_perplexity_by_its_exponential_without_spread()
     assert found["perplexity_change_percent"] == pytest.approx(expected)
     assert found["perplexity_change_percent_interval"] == pytest.approx([expected, expected])
     assert found["accuracy_change"] == 0
+
+
+def test_an_accuracy_of_0_has_no_per_cent_change(tmp_path):
+    before = documents(0).assign(correct=0)
+    merged = summary("tiny+x", 0.1, 90)
+    result = compare(
+        original=summary("tiny", 0, 100),
+        merged=merged,
+        log=log() | {"merged_layers": {"0": {"num_pairs_merged": 2}}},
+        documents=(before, documents(0.1)),
+        controls=controls([0.2, 0.2], 0.3),
+        bootstrap=BOOTSTRAP,
+    )
+    write_json(tmp_path / "result.json", result)
+    found = json.loads((tmp_path / "result.json").read_text())["metrics_change"]
+    assert found["accuracy_change_percent"] is None
+    assert found["accuracy_change_percent_interval"] == [None, None]
+    assert found["accuracy_change"] > 0 and found["perplexity_change_percent"] > 0
+    results = {"merge-relu-aligned-q0.90": result}
+    rows = table(results)
+    page = as_html(rows, results)
+    assert "nan" not in page.lower() and "of 0: none" in page
+    for draw in (figures.metrics_comparison, figures.metrics_change, figures.damage_parameters):
+        plotting.save(draw(rows, describe(results)), tmp_path / "figure.png")
+    shown = figures.controls(rows, verdicts(results), describe(results))
+    plotting.save(shown, tmp_path / "figure.png")
 
 
 def controls(random_shifts, dissimilar, noise=0.002):
