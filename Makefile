@@ -33,6 +33,7 @@ browser: $(STAMP)  ## the report in headless Chromium (Debian: chromium chromium
 
 bench: $(STAMP)  ## speed beside the alternative, in one run
 	$(BIN)/python benchmarks/similarity.py
+	$(BIN)/python benchmarks/ffn.py
 
 verify: $(STAMP)  ## the hashes of every checkpoint under results/
 	PYTHONPATH=src $(BIN)/python -m headroom.verify results/checkpoints

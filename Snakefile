@@ -17,6 +17,8 @@ include: "workflow/rules/checkpoints.smk"
 include: "workflow/rules/evaluation.smk"
 include: "workflow/rules/heads_inputs.smk"
 include: "workflow/rules/heads.smk"
+include: "workflow/rules/ffn_inputs.smk"
+include: "workflow/rules/ffn.smk"
 
 
 report: "workflow/report/workflow.rst"
@@ -25,6 +27,7 @@ report: "workflow/report/workflow.rst"
 localrules:
     all,
     heads,
+    ffn,
     evaluations,
 
 
@@ -32,12 +35,18 @@ rule all:
     default_target: True
     input:
         heads_targets(),
+        ffn_targets(),
         evaluation_targets(),
 
 
 rule heads:
     input:
         heads_targets(),
+
+
+rule ffn:
+    input:
+        ffn_targets(),
 
 
 rule evaluations:

@@ -195,12 +195,13 @@ def attention_inputs(model: "PreTrainedModel", tokens_BT: Tensor) -> AttentionIn
 
 @contextmanager
 def replaced(model: "PreTrainedModel", tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give the model other attention weights as long as the block runs, fewer heads included.
+    """Give the model other weights as long as the block runs, fewer heads or channels included.
 
     Args:
         model: a Llama, Mistral, Qwen2 or Qwen3 causal language model.
-        tensors: weights and biases of attention projections by their names in a checkpoint.
-            Every layer whose head counts change brings all its projections.
+        tensors: weights and biases of attention or FFN projections by their names in a checkpoint,
+            biases that the model has not among them. Every layer whose sizes change brings all its
+            projections.
     """
     with ExitStack() as undo, torch.no_grad():
         for name, tensor in tensors.items():
@@ -208,7 +209,9 @@ def replaced(model: "PreTrainedModel", tensors: Mapping[str, Tensor]) -> Iterato
             owner = model.get_submodule(path)
             before = getattr(owner, attribute)
             undo.callback(setattr, owner, attribute, before)
-            setattr(owner, attribute, nn.Parameter(tensor.to(before), requires_grad=False))
+            like = owner.weight  # a bias may be new
+            moved = tensor.to(like.device, like.dtype)
+            setattr(owner, attribute, nn.Parameter(moved, requires_grad=False))
         for _, module in attention_modules(model):
             undo.callback(setattr, module, "num_key_value_groups", module.num_key_value_groups)
             heads, groups = (len(part.weight) for part in (module.q_proj, module.k_proj))

@@ -6,10 +6,11 @@ that look at a checkpoint need only its configuration.
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -189,6 +190,10 @@ class Tensors:
         """All tensor names, sorted."""
         return sorted(self.shards)
 
+    def counts(self) -> dict[str, int]:
+        """Parameters by tensor, read from the headers alone."""
+        return {name: math.prod(dims) for name, (dims, _) in self.shapes().items()}
+
     def shapes(self) -> dict[str, tuple[list[int], str]]:
         """Shape and dtype of each tensor, read from the headers alone."""
         found = {}
@@ -216,11 +221,36 @@ def _read_index(folder: Path) -> dict[str, str]:
     return found
 
 
+class Overlay(Mapping):
+    """A checkpoint's tensors with some of them replaced and others added."""
+
+    def __init__(self, parent: Tensors, changed: "Mapping[str, torch.Tensor]"):
+        """Lay ``changed`` over a checkpoint."""
+        self.parent, self.changed = parent, changed
+
+    def __getitem__(self, name: str) -> "torch.Tensor":
+        return self.changed[name] if name in self.changed else self.parent[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.changed or name in self.parent
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted({*self.parent.names(), *self.changed}))
+
+    def __len__(self) -> int:
+        return len({*self.parent.names(), *self.changed})
+
+    def counts(self) -> dict[str, int]:
+        """Parameters by tensor, the parent's from its headers alone."""
+        return self.parent.counts() | {name: t.numel() for name, t in self.changed.items()}
+
+
 def write_derived(
     parent: str | os.PathLike,
     output: Path,
     config: dict,
     replace: Callable[[str, "torch.Tensor"], "torch.Tensor"],
+    added: Mapping[str, "torch.Tensor"] | None = None,
 ) -> None:
     """Write a changed copy of a checkpoint, one shard in memory at a time.
 
@@ -229,18 +259,22 @@ def write_derived(
         output: an existing empty folder.
         config: the ``config.json`` of the copy.
         replace: gets a name and its tensor and returns what to store (the same one to keep it).
+        added: tensors that the parent has not, by name; they go into its last shard.
     """
     from safetensors.torch import save_file
 
-    source = Tensors(parent)
+    source, added = Tensors(parent), added or {}
+    last = max(source.shards.values())
+    shards = source.shards | dict.fromkeys(added, last)
     total = 0
-    for shard in sorted(set(source.shards.values())):
+    for shard in sorted(set(shards.values())):
         names = sorted(name for name, where in source.shards.items() if where == shard)
         kept = {name: replace(name, source[name]).contiguous() for name in names}
+        kept |= {name: t.contiguous() for name, t in added.items() if shard == last}
         total += sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
         save_file(kept, output / shard, metadata={"format": "pt"})
     if (source.folder / INDEX).is_file():
-        index = {"metadata": {"total_size": total}, "weight_map": source.shards}
+        index = {"metadata": {"total_size": total}, "weight_map": shards}
         write_json(output / INDEX, index)
     write_json(output / "config.json", config)
     for name in (*TOKENIZER_FILES, "generation_config.json"):

@@ -12,9 +12,11 @@ from headroom.checkpoints import POSITIONS, Geometry, geometry, read_config
 from headroom.configuration import filled, load_schema
 from headroom.corpora.documentation import installed_version
 from headroom.errors import InputError
+from headroom.ffn import families as ffn_families
 from headroom.heads import families
 from headroom.recipes import Recipe, format_step, parse_recipe
 
+STUDIES = ("heads", "ffn")  # those that are made of a checkpoint and calibration text
 WINDOW = 1024  # tokens of a window where the configuration names none
 
 
@@ -27,8 +29,9 @@ def load(config: dict, schema: Path) -> dict:
     full = filled(config, load_schema(schema))
     first = next(iter(full["corpora"]))
     full["evaluation"].setdefault("corpora", [first])
-    full["heads"].setdefault("checkpoints", list(full["checkpoints"]))
-    full["heads"]["calibration"].setdefault("corpus", first)
+    for study in STUDIES:
+        full[study].setdefault("checkpoints", list(full["checkpoints"]))
+        full[study]["calibration"].setdefault("corpus", first)
     for name, source in full["corpora"].items():
         _complete_corpus(name, source)
     for name, source in full["checkpoints"].items():
@@ -36,6 +39,7 @@ def load(config: dict, schema: Path) -> dict:
     _check_references(full)
     _complete_windows(full)
     families.check(full["heads"])
+    ffn_families.check(full["ffn"])
     for recipe in all_recipes(full):
         check_recipe(recipe, full)
     _check_controls(full)
@@ -123,10 +127,9 @@ def _complete_windows(config: dict) -> None:
     """Fill in window lengths that are left out, refuse those longer than a model's positions."""
     limits = {name: _positions(name, config) for name in config["checkpoints"]}
     known = {name: limit for name, limit in limits.items() if limit is not None}
-    for key, section in (
-        ("evaluation.window", config["evaluation"]),
-        ("heads.calibration.window", config["heads"]["calibration"]),
-    ):
+    sections = {"evaluation.window": config["evaluation"]}
+    sections |= {f"{study}.calibration.window": config[study]["calibration"] for study in STUDIES}
+    for key, section in sections.items():
         window = section.setdefault("window", min([WINDOW, *known.values()]))
         for name, limit in known.items():
             if window > limit:
@@ -152,7 +155,8 @@ def _check_references(config: dict) -> None:
         ("evaluation.corpora", name, "corpora") for name in config["evaluation"]["corpora"]
     ]
     references += [
-        ("heads.calibration.corpus", config["heads"]["calibration"]["corpus"], "corpora")
+        (f"{study}.calibration.corpus", config[study]["calibration"]["corpus"], "corpora")
+        for study in STUDIES
     ]
     references += [
         (f"checkpoints.{name}.train.corpus", source["train"]["corpus"], "corpora")
@@ -168,9 +172,12 @@ def _check_references(config: dict) -> None:
 
 def all_recipes(config: dict) -> list[str]:
     """Return every recipe that a target needs, sorted, each once."""
-    recipes = set(config["evaluation"]["recipes"]) | set(config["heads"]["checkpoints"])
-    for studied in config["heads"]["checkpoints"]:
-        recipes |= {f"{studied}+{step}" for step in families.steps(config["heads"])}
+    recipes = set(config["evaluation"]["recipes"])
+    made = {"heads": families.steps(config["heads"]), "ffn": config["ffn"]["saved"]}
+    made["ffn"] = [*made["ffn"], *ffn_families.steps(config["ffn"])]
+    for study, steps in made.items():
+        for studied in config[study]["checkpoints"]:
+            recipes |= {studied, *(f"{studied}+{step}" for step in steps)}
     return sorted(recipes)
 
 
@@ -187,6 +194,7 @@ def check_recipe(name: str, config: dict) -> None:
     sizes = base_geometry(recipe.base, config)
     if sizes is not None:
         families.check_budgets(name, recipe.steps, sizes)
+        ffn_families.check_steps(name, recipe.steps, sizes)
 
 
 def _check_controls(config: dict) -> None:

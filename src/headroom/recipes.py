@@ -24,6 +24,22 @@ SCORES = registry_names("headroom.heads.importance", "SCORES")
 THRESHOLD, QUANTILE = r"t[01]\.\d+", r"q0\.\d+"
 BUDGET = r"b(?:[1-9]\d*x[1-9]\d*|0\.\d+)"
 CONTROL = r"random\d+|dissimilar"
+CHANNEL_SCORES = registry_names("headroom.ffn.importance", "SCORES")
+GRADIENT_SCORES = registry_names("headroom.ffn.importance", "GRADIENT_SCORES")
+REFITS = registry_names("headroom.ffn.fusion", "START")
+FUSIONS = (
+    *registry_names("headroom.ffn.fusion", "FUSIONS"),
+    *(f"{name}_sequential" for name in REFITS),
+)
+DISTRIBUTIONS = (
+    *registry_names("headroom.ffn.marginals", "DISTRIBUTIONS"),
+    *registry_names("headroom.ffn.marginals", "GRADIENT_DISTRIBUTIONS"),
+)
+STRATEGIES = dict.fromkeys(
+    (*registry_names("headroom.ffn.marginals", "STRATEGIES"), *DISTRIBUTIONS)
+)
+COSTS = registry_names("headroom.ffn.transport", "COSTS")
+SOLVERS = registry_names("headroom.ffn.transport", "SOLVERS")
 NAME_BYTES = 200  # a folder's name may have 255 bytes; logs and temporary names need the rest
 
 
@@ -80,8 +96,67 @@ class Remove:
         """Every combination is allowed."""
 
 
-STEPS = {step.verb: step for step in (Merge, Remove)}
-Step = Merge | Remove
+@dataclass(frozen=True)
+class Prune:
+    """Prune FFN channels: which by ``score``, what becomes of them, how many.
+
+    The rest is left out where it is the default: a transport's marginals (``pushforward``), cost
+    (``cosine``) and solver (``exact``), the seed of the calibration windows (0).
+    """
+
+    verb: ClassVar[str] = "prune"
+    pattern: ClassVar[dict[str, str]] = {
+        "score": "|".join((*CHANNEL_SCORES, *GRADIENT_SCORES)),
+        "fusion": "|".join(FUSIONS),
+        "ratio": r"[rga][01]\.\d+",
+        "strategy": (
+            f"{'|'.join(STRATEGIES)}|"
+            f"(?:{'|'.join(DISTRIBUTIONS)})_to_(?:{'|'.join(DISTRIBUTIONS)}|pushforward)"
+        ),
+        "cost": "|".join(COSTS),
+        "solver": "|".join(SOLVERS),
+        "seed": r"s\d+",
+    }
+    defaults: ClassVar[dict[str, str]] = {
+        "strategy": "pushforward",
+        "cost": "cosine",
+        "solver": "exact",
+        "seed": "s0",
+    }
+    score: str
+    fusion: str
+    ratio: str
+    strategy: str = ""
+    cost: str = ""
+    solver: str = ""
+    seed: str = ""
+
+    def resolved(self, name: str) -> str:
+        """Return what an argument means where it may be left out."""
+        return getattr(self, name) or self.defaults[name]
+
+    def check(self) -> None:
+        """Refuse combinations that mean nothing and second names for one thing."""
+        text = format_step(self)
+        if float(self.ratio[1:]) >= 1:
+            raise InputError(
+                f"recipe step {text!r}: ratio {self.ratio[1:]} leaves no channel (allowed: 0 to "
+                f"below 1)"
+            )
+        for name, default in self.defaults.items():
+            if getattr(self, name) == default:
+                raise InputError(f"recipe step {text!r}: leave out the default {name} {default}")
+            if name != "seed" and getattr(self, name) and not self.fusion.startswith("ot_"):
+                raise InputError(
+                    f"recipe step {text!r}: fusion {self.fusion} transports nothing, so it takes "
+                    f"no {name}"
+                )
+        if re.fullmatch(r"s0\d+", self.seed):
+            raise InputError(f"recipe step {text!r}: write s{int(self.seed[1:])}")
+
+
+STEPS = {step.verb: step for step in (Merge, Remove, Prune)}
+Step = Merge | Remove | Prune
 
 
 @dataclass(frozen=True)
@@ -135,27 +210,47 @@ def parse_step(text: str) -> Step:
     if verb not in STEPS:
         raise InputError(f"recipe step {text!r}: {verb!r} is unknown (allowed: {sorted(STEPS)})")
     kind = STEPS[verb]
+    step = kind(**_assigned(kind, arguments, text))
+    for field in fields(kind):
+        _check_number(field.name, getattr(step, field.name), text)
+    step.check()
+    return step
+
+
+def _assigned(kind: type[Step], arguments: list[str], text: str) -> dict[str, str]:
+    """Give each argument its name: the needed ones in order, the others where they match."""
     names = [field.name for field in fields(kind)]
     needed = [field.name for field in fields(kind) if field.default != ""]
-    if not len(needed) <= len(arguments) <= len(names):
-        raise InputError(
-            f"recipe step {text!r}: write {verb}-" + "-".join(f"{{{n}}}" for n in names)
-        )
-    for name, value in zip(names, arguments, strict=False):
+    usage = f"{kind.verb}-" + "-".join(f"{{{name}}}" for name in needed)
+    usage += "".join(f"[-{{{name}}}]" for name in names[len(needed) :])
+    if len(arguments) < len(needed):
+        raise InputError(f"recipe step {text!r}: write {usage}")
+    found = {}
+    for name, value in zip(needed, arguments, strict=False):
         if not re.fullmatch(kind.pattern[name], value):
             allowed = kind.pattern[name].replace("(?:", "(")
             raise InputError(f"recipe step {text!r}: {name} {value!r} is not one of {allowed}")
-        number = re.fullmatch(r"([tqb])([01]\.\d+)", value)
-        if number and canonical(float(number[2])) != number[2]:
-            spelling = number[1] + canonical(float(number[2]))
+        found[name] = value
+    rest = names[len(needed) :]
+    for value in arguments[len(needed) :]:
+        place = next((i for i, n in enumerate(rest) if re.fullmatch(kind.pattern[n], value)), None)
+        if place is None:
             raise InputError(
-                f"recipe step {text!r}: write {spelling}, not {value} (one name a file)"
+                f"recipe step {text!r}: {value!r} is no {' or '.join(rest) or 'argument'} that "
+                f"could stand there: write {usage}"
             )
-        if number and float(number[2]) > 1:
-            raise InputError(f"recipe step {text!r}: {name} {value!r} is above 1")
-    step = kind(*arguments)
-    step.check()
-    return step
+        found[rest[place]], rest = value, rest[place + 1 :]
+    return found
+
+
+def _check_number(name: str, value: str, text: str) -> None:
+    """Refuse a second spelling of a number and shares above 1."""
+    number = re.fullmatch(r"([tqbrga])([01]\.\d+)", value)
+    if number and canonical(float(number[2])) != number[2]:
+        spelling = number[1] + canonical(float(number[2]))
+        raise InputError(f"recipe step {text!r}: write {spelling}, not {value} (one name a file)")
+    if number and float(number[2]) > 1:
+        raise InputError(f"recipe step {text!r}: {name} {value!r} is above 1")
 
 
 def parse_recipe(name: str) -> Recipe:

@@ -5,6 +5,8 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from tests.workflow.conftest import copy_project
@@ -21,6 +23,11 @@ pytestmark = [
     ),
 ]
 STORY = "<|endoftext|>"
+PRUNED = {
+    "ratios": [0.3],
+    "prunes": [{"scores": ["random", "flap"], "fusions": ["drop", "ridge", "ot_mass", "ot_ridge"]}],
+    "saved": ["prune-flap-ridge-r0.30", "prune-flap-ot_mass-r0.30-activation"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +62,39 @@ def stories(tmp_path_factory):
                     },
                 ],
             },
+            "ffn": PRUNED | {"calibration": {"window": 256, "sequences": 48, "seeds": [0, 1]}},
         }
     )
     workflow.run("--cores", "2")
     return workflow
 
 
-def evaluation(workflow, recipe):
-    path = workflow.folder / f"results/evaluations/{recipe}/stories.json"
+@pytest.fixture(scope="module")
+def wiki(tmp_path_factory):
+    """The 3 M-parameter Llama on the text that it was trained for, calibrated on its own text."""
+    workflow = copy_project(tmp_path_factory.mktemp("wiki") / ".")
+    texts, heading = DATA / "wikitext2", "^ = [^=]+ = $"
+    files = {"train": "wiki.valid.raw", "calibration": "wiki.train.tokens"}
+    files["evaluation"] = "wiki.test.raw"
+    workflow.configure(
+        {
+            "checkpoints": {"wiki": {"path": str(DATA / "models" / "wikitext3M")}},
+            "corpora": {
+                "wikitext2": {
+                    split: {"path": str(texts / name), "heading": heading}
+                    for split, name in files.items()
+                }
+            },
+            "evaluation": {"window": 256, "sequences": 32},
+            "ffn": PRUNED | {"calibration": {"window": 256, "sequences": 32, "seeds": [0, 1]}},
+        }
+    )
+    workflow.run("--cores", "2", "ffn")
+    return workflow
+
+
+def evaluation(workflow, recipe, corpus="stories"):
+    path = workflow.folder / f"results/evaluations/{recipe}/{corpus}.json"
     return json.loads(path.read_text())
 
 
@@ -106,3 +138,36 @@ def test_the_controls_are_there_with_their_verdicts(stories):
         assert comparison["low"] <= difference <= comparison["high"]
         sign = {"holds": 1, "reversed": -1, "undecided": 0}[comparison["verdict"]]
         assert sign * difference >= 0
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "corpus"), [("stories", "stories", "stories"), ("wiki", "wiki", "wikitext2")]
+)
+def test_refitted_channels_beat_dropped_ones_and_transport_does_not(name, base, corpus, request):
+    """What the notes promise: a refit helps any choice; a plan without one harms a good choice."""
+    workflow = request.getfixturevalue(name)
+    root = workflow.folder / f"results/ffn/{base}/figures/{corpus}"
+    table = pd.read_csv(root / "table.csv").set_index("step")
+    verdicts = pd.read_csv(root / "verdicts.csv").set_index("step").verdict
+    for score in ("random", "flap"):
+        step = f"prune-{score}-ridge-r0.30"
+        assert verdicts[step] == "better"
+        assert table.perplexity["dense"] < table.perplexity[step]
+    assert table.perplexity["prune-flap-drop-r0.30"] < table.perplexity["prune-random-drop-r0.30"]
+    assert verdicts["prune-flap-ot_mass-r0.30"] == "worse"
+    assert (table.loc[table.index != "dense", "seeds"] == 2).all()
+    rescue = workflow.folder / f"results/ffn/{base}/prunes/prune-flap-ridge-r0.30/rescue.json"
+    layers = json.loads(rescue.read_text())["layers"]
+    assert all(0 < layer["functional_rescue"] < 1 for layer in layers)
+    saved = evaluation(workflow, f"{base}+prune-flap-ridge-r0.30", corpus)
+    assert saved["perplexity"]["value"] == pytest.approx(
+        np.exp(first_seed(workflow, base, corpus, "prune-flap-ridge-r0.30")), rel=1e-5
+    )
+
+
+def first_seed(workflow, base, corpus, step):
+    """Mean nll of a step with seed 0, from the sweep."""
+    path = workflow.folder / f"results/ffn/{base}/sweep/{corpus}/s0/documents.parquet"
+    rows = pd.read_parquet(path)
+    rows = rows[rows.step == step]
+    return rows.nll.sum() / rows.tokens.sum()

@@ -17,8 +17,8 @@ FLOORS = (
     ("experiment", "verify"),
     ("heads", "ffn", "gates", "branches", "gradients"),
     ("evaluation", "training", "language_model", "attention", "corpora"),
-    ("jobs", "plotting", "configuration", "locks"),
-    ("checkpoints", "recipes", "statistics", "digest", "errors"),
+    ("jobs", "plotting", "pages", "configuration", "locks"),
+    ("accumulators", "checkpoints", "recipes", "statistics", "digest", "errors"),
 )
 
 

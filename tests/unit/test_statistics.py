@@ -12,6 +12,7 @@ from headroom.statistics import (
     bootstrap_ratio,
     normal_quantile,
     paired_bootstrap_ratio_difference,
+    seeded_loss_difference,
     wilson,
 )
 
@@ -124,6 +125,64 @@ def test_paired_difference_equals_the_delta_method():
     assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.06)
 
 
+def seeded(seeds=3, count=30, spread=0.02):
+    """Losses of two systems: documents and calibration seeds both move the second."""
+    before, tokens = sample(count)
+    rng = np.random.default_rng(7)
+    first = before + tokens * rng.normal(0, spread, (seeds, 1))
+    gain = 0.1 + rng.normal(0, spread, (seeds, 1)) + rng.normal(0, 0.1, (seeds, count))
+    return first, first + tokens * gain, tokens
+
+
+def test_seeded_difference_equals_a_naive_loop():
+    first, second, tokens = seeded()
+    found = seeded_loss_difference(first, second, tokens, resamples=4000, seed=1)
+    rng, means = np.random.default_rng(99), []
+    for _ in range(4000):
+        documents = rng.integers(0, len(tokens), len(tokens))
+        total = tokens[documents].sum()
+        drawn = [
+            (second[s, documents].sum() - first[s, documents].sum()) / total
+            for s in rng.integers(0, 3, 3)
+        ]
+        means.append(np.mean(drawn))
+    low, high = np.quantile(means, [0.025, 0.975])
+    exact = np.mean([(b - a).sum() / tokens.sum() for a, b in zip(first, second, strict=True)])
+    assert found.value == pytest.approx(exact)
+    assert found.low == pytest.approx(low, abs=0.05 * (high - low))
+    assert found.high == pytest.approx(high, abs=0.05 * (high - low))
+
+
+def test_seeded_difference_of_one_seed_is_the_paired_one():
+    first, second, tokens = seeded(seeds=1)
+    found = seeded_loss_difference(first, second, tokens, seed=4)
+    paired = paired_bootstrap_ratio_difference(first[0], second[0], tokens, seed=4)
+    np.testing.assert_allclose(found, paired, rtol=1e-9)
+
+
+def test_seeded_difference_pairs_seeds_and_documents():
+    first, _, tokens = seeded(spread=1.0)
+    same = seeded_loss_difference(first, first + 0.01 * tokens, tokens)
+    np.testing.assert_allclose(same, 0.01, rtol=1e-9)
+
+
+def test_seeded_difference_swaps_sign_and_ignores_empty_documents():
+    first, second, tokens = seeded()
+    found = seeded_loss_difference(first, second, tokens)
+    back = seeded_loss_difference(second, first, tokens)
+    np.testing.assert_allclose(back, (-found.value, -found.high, -found.low), rtol=1e-9)
+    padded = (np.pad(losses, ((0, 0), (0, 1))) for losses in (first, second))
+    assert seeded_loss_difference(*padded, np.append(tokens, 0)) == found
+
+
+def test_seeds_that_disagree_widen_the_interval():
+    tokens = np.ones(50)
+    first, shift = np.zeros((3, 50)), np.array([[-1.0], [0.0], [1.0]])
+    value, low, high = seeded_loss_difference(first, first + shift, tokens, resamples=4000)
+    assert value == pytest.approx(0)  # the 27 equally likely draws: P(mean of -1) = 1/27 > .025
+    assert (low, high) == pytest.approx((-1, 1))
+
+
 @pytest.mark.parametrize(("k", "n"), [(0, 10), (3, 10), (10, 10), (988, 1000)])
 def test_wilson_equals_scipy(k, n):
     reference = scipy.stats.binomtest(k, n).proportion_ci(0.95, method="wilson")
@@ -141,6 +200,7 @@ def test_normal_quantile_equals_scipy():
         lambda: bootstrap_ratio(np.ones(5), np.zeros(5)),
         lambda: bootstrap_ratio(np.ones(5), np.ones(5), confidence=95),
         lambda: bootstrap_ratio(np.ones(5), np.ones(5), resamples=0),
+        lambda: seeded_loss_difference(np.ones((3, 1)), np.ones((3, 1)), np.ones(1)),
         lambda: wilson(3, 2),
         lambda: wilson(0, 0),
     ],

@@ -13,7 +13,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 PARTS = ("Snakefile", "config.yaml", "workflow", "src", "profiles", "envs", "examples", "slurm")
 
-# Seconds, not minutes: every rule of the heads study once, on a model trained for a few steps.
+# Seconds, not minutes: every rule at least once, on a model trained for a few steps.
 SMALL = {
     "corpora": {"docs": {"packages": ["python", "yaml", "tqdm"], "characters": 300000}},
     "checkpoints": {
@@ -53,6 +53,21 @@ SMALL = {
             },
         ],
     },
+    "ffn": {
+        "calibration": {
+            "window": 32,
+            "sequences": 8,
+            "gradient_sequences": 2,
+            "heldout": 4,
+            "seeds": [0, 1],
+        },
+        "ratios": [0.5],
+        "prunes": [
+            {"scores": ["flap"], "fusions": ["drop", "ridge", "ot_mass"]},
+            {"scores": ["fo_snip"], "fusions": ["drop"]},
+        ],
+        "saved": ["prune-flap-ot_mass-r0.50"],
+    },
 }
 
 
@@ -85,7 +100,9 @@ class Workflow:
         """Read the table of jobs that Snakemake prints before a run."""
         table = text.split("Job stats:")[1].split("total")[0] if "Job stats:" in text else ""
         rows = re.findall(r"^(\w+)\s+(\d+)$", table, flags=re.M)
-        return {name: int(count) for name, count in rows if name not in ("job", "all", "heads")}
+        return {
+            name: int(count) for name, count in rows if name not in ("job", "all", "heads", "ffn")
+        }
 
     def edit(self, name: str, old: str, new: str) -> None:
         path = self.folder / name

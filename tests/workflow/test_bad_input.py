@@ -27,6 +27,16 @@ BEFORE = {
     "threshold_above_one": (changed("heads.thresholds", [1.01]), "at most 1 is allowed"),
     "missing_path": (changed("checkpoints.x", {"path": "nowhere"}), "there is no folder nowhere"),
     "budget": (changed("evaluation.recipes", ["tiny+merge-error-refit-b3x1"]), "b3x1"),
+    "pruning_ratio": (changed("ffn.ratios", [1.2]), "ffn.ratios.0 is 1.2"),
+    "everything_pruned": (
+        changed("evaluation.recipes", ["tiny+prune-flap-drop-r1.00"]),
+        "ratio 1.00 leaves no channel",
+    ),
+    "fusion": (
+        changed("ffn.prunes", [{"scores": ["flap"], "fusions": ["ot_row"]}]),
+        "config key ffn.prunes.0: recipe step 'prune-flap-ot_row-r0.50': fusion 'ot_row'",
+    ),
+    "no_prune_step": (changed("ffn.saved", ["remove-flap-drop-b2x1"]), "is no prune step"),
     "typo": (changed("evaluation.recipes", ["tiny+merge-relu-averge-t0.99"]), "method 'averge'"),
 }
 
@@ -123,6 +133,14 @@ def test_a_damaged_checkpoint_is_named_by_the_next_job_and_by_verify(copied):
         text=True,
     )
     assert verify.returncode == 1 and "tiny/model.safetensors is damaged" in verify.stdout
+
+
+def test_a_transport_that_stops_early_is_an_error(copied):
+    config = changed("ffn.transport.iterations", 1)
+    step = "prune-flap-ot_mass-r0.25-uniform"
+    shown = failing(copied, config, f"results/checkpoints/tiny+{step}")
+    assert re.search(r"headroom: .*ffn\.transport\.iterations = 1", shown)
+    assert not (copied.folder / f"results/checkpoints/tiny+{step}").exists()
 
 
 def test_the_window_must_fit_the_text(copied):

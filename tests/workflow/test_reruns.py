@@ -10,7 +10,7 @@ from .conftest import SMALL
 
 pytestmark = pytest.mark.workflow
 
-MERGES = 2  # derived checkpoints of the small experiment
+MERGES, PRUNES, SEEDS = 2, 1, 2  # derived checkpoints of the small experiment, draws of text
 
 
 def changed(path, value):
@@ -70,7 +70,12 @@ CASES = {
     ),
     "bootstrap": (
         changed("evaluation.bootstrap.resamples", 300),
-        {"evaluate": MERGES + 1, "compare_heads": MERGES, "head_figures": 1},
+        {
+            "evaluate": MERGES + PRUNES + 1,
+            "compare_heads": MERGES,
+            "head_figures": 1,
+            "ffn_figures": 1,
+        },
     ),
     "latency": (
         changed("evaluation.latency.runs", 4),
@@ -81,6 +86,29 @@ CASES = {
     "recipe_added": (
         changed("evaluation.recipes", ["tiny+merge-relu-average-t0.99+remove-flap-drop-b2x1"]),
         {"attention_inputs": 1, "reduce_heads": 1, "evaluate": 1},
+    ),
+    "ffn_ridge": (
+        changed("ffn.ridge", 0.01),
+        {
+            "ffn_activations": SEEDS,
+            "ffn_sweep": SEEDS,
+            "ffn_figures": 1,
+            "prune_channels": PRUNES,
+            "evaluate": PRUNES,
+            "plan_figure": 1,
+        },
+    ),
+    "pruning_ratio_added": (
+        changed("ffn.ratios", [0.5, 0.25]),
+        {"ffn_sweep": SEEDS, "ffn_figures": 1},
+    ),
+    "calibration_seed_added": (
+        changed("ffn.calibration.seeds", [0, 1, 2]),
+        {"ffn_activations": 1, "ffn_gradients": 1, "ffn_sweep": 1, "ffn_figures": 1},
+    ),
+    "saved_pruning_added": (
+        changed("ffn.saved", ["prune-flap-ot_mass-r0.50", "prune-flap-ridge-r0.25-s1"]),
+        {"prune_channels": 1, "evaluate": 1},
     ),
 }
 
@@ -107,6 +135,20 @@ EDITS = {
         "Head pairs merged",
         {"head_figures"},
         {"reduce_heads", "evaluate", "compare_heads", "head_similarity", "train_checkpoint"},
+    ),
+    "fusion": (
+        "src/headroom/ffn/fusion.py",
+        "layer.weight > 0",
+        "layer.weight > 0.0",
+        {"prune_channels", "ffn_sweep", "evaluate", "ffn_figures"},
+        {"ffn_activations", "ffn_gradients", "reduce_heads", "train_checkpoint"},
+    ),
+    "channel_score": (
+        "src/headroom/ffn/importance.py",
+        "channels.norm_n *",
+        "1.0 * channels.norm_n *",
+        {"prune_channels", "ffn_sweep"},
+        {"ffn_activations", "ffn_gradients", "reduce_heads", "head_similarity"},
     ),
     "study": (
         "src/headroom/heads/study.py",
@@ -140,6 +182,12 @@ RULE_SETTINGS = {
     "evaluate": ("evaluation.sequences", 60),
     "compare_heads": ("evaluation.bootstrap.seed", 1),
     "decode_latency": ("evaluation.latency.prompt", 5),
+    "ffn_activations": ("ffn.calibration.sequences", 7),
+    "ffn_gradients": ("ffn.calibration.gradient_sequences", 3),
+    "prune_channels": ("ffn.multiple", 4),
+    "ffn_sweep": ("ffn.transport.iterations", 20000000),
+    "ffn_figures": ("ffn.calibration.seeds", [0]),
+    "plan_figure": ("ffn.saved", ["prune-flap-ot_mass-r0.25"]),
 }
 
 
@@ -152,13 +200,13 @@ def test_every_rule_reruns_for_a_setting_of_its_own(copied, rule):
 def test_adding_a_model_leaves_the_first_alone(copied):
     config = copy.deepcopy(SMALL)
     config["checkpoints"]["other"] = {"path": str(copied.folder / "results/checkpoints/tiny")}
-    config["heads"]["checkpoints"] = ["tiny", "other"]
+    config["heads"]["checkpoints"] = config["ffn"]["checkpoints"] = ["tiny", "other"]
     copied.configure(config)
     planned = copied.planned()
     assert planned["import_checkpoint"] == 1
-    assert planned["evaluate"] == MERGES + 1
+    assert planned["evaluate"] == MERGES + PRUNES + 1
     assert "train_checkpoint" not in planned and "text_documents" not in planned
-    wanted = {"import_checkpoint", "reduce_heads", "evaluate", "head_figures"}
+    wanted = {"import_checkpoint", "reduce_heads", "evaluate", "head_figures", "ffn_figures"}
     assert wanted <= set(planned)
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -187,6 +188,92 @@ def test_controls_in_memory_are_the_checkpoints_of_their_recipes(copied):
         )
         effective = controls.loc[name].effective_parameters.iloc[0]
         assert summary["cost"]["effective_parameters"] == effective
+
+
+COMPOSED = {
+    # heads 4 -> 2, channels 32 -> 24; order matters for the numbers, not for the sizes
+    "tiny+merge-error-refit-b2x1+prune-flap-ot_ridge-r0.25": (2, 24),
+    "tiny+prune-leverage-bias-r0.25+remove-flap-refit-b2x1": (2, 24),
+    "tiny+prune-flap-ot_mass-r0.50+prune-wanda_sp-ridge_sequential-g0.25-s1": (4, None),
+}
+
+
+def test_studies_compose_both_ways_round_and_load_in_stock_transformers(copied):
+    """Each recipe is made, judged, and loaded by a process that knows nothing of headroom."""
+    targets = [f"results/evaluations/{recipe}/docs.json" for recipe in COMPOSED]
+    copied.run("--cores", "2", *targets)
+    program = (
+        "import json, sys, torch; from transformers import AutoModelForCausalLM as A\n"
+        "for path in sys.argv[1:]:\n"
+        "    m, info = A.from_pretrained(path, output_loading_info=True)\n"
+        "    assert not any(info[k] for k in ('missing_keys', 'unexpected_keys')), info\n"
+        "    assert m(torch.arange(9)[None]).logits.isfinite().all()\n"
+        "    n = [l.mlp.down_proj.in_features for l in m.model.layers]\n"
+        "    assert set(n) == {m.config.intermediate_size}\n"
+        "    size = sum(p.numel() for p in m.parameters())\n"
+        "    print(json.dumps([m.config.num_attention_heads, n[0], size]))"
+    )
+    folders = [str(copied.folder / f"results/checkpoints/{recipe}") for recipe in COMPOSED]
+    run = subprocess.run(
+        [sys.executable, "-c", program, *folders], capture_output=True, text=True, check=True
+    )
+    for line, (recipe, (heads, channels)) in zip(
+        run.stdout.splitlines(), COMPOSED.items(), strict=True
+    ):
+        found = json.loads(line)
+        result = json.loads((copied.folder / f"results/evaluations/{recipe}/docs.json").read_text())
+        assert found[0] == heads and channels in (found[1], None)
+        assert found[2] == result["cost"]["parameters"] >= result["cost"]["effective_parameters"]
+
+
+def test_a_sweeps_row_is_the_checkpoint_of_its_recipe(copied):
+    """Prunings in memory equal the checkpoints, by seed."""
+    import numpy as np
+    import pandas as pd
+
+    for seed, step in ((0, "prune-flap-ot_mass-r0.50"), (1, "prune-flap-ridge-r0.50")):
+        recipe = f"tiny+{step}" + (f"-s{seed}" if seed else "")
+        copied.run("--cores", "2", f"results/evaluations/{recipe}/docs.json")
+        table = pd.read_parquet(copied.folder / f"results/evaluations/{recipe}/docs.parquet")
+        rows = pd.read_parquet(
+            copied.folder / f"results/ffn/tiny/sweep/docs/s{seed}/documents.parquet"
+        )
+        rows = rows[rows.step == step].set_index("document")
+        np.testing.assert_allclose(rows.nll, table.set_index("document").nll, rtol=1e-5)
+        text = (copied.folder / f"results/evaluations/{recipe}/docs.json").read_text()
+        cost = json.loads(text)["cost"]
+        for name in ("parameters", "ffn_parameters", "effective_parameters"):
+            assert set(rows[name]) == {cost[name]}
+
+
+def readme_blocks(heading):
+    """The Python blocks below a heading, each with the file that its first line names."""
+    text = (ROOT / "README.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.S):
+        name, _, code = block.partition("\n")
+        assert name.startswith("# src/")
+        yield name.removeprefix("# "), code
+
+
+def test_the_readmes_own_score_distribution_and_strategy_work_as_written(copied):
+    """Functions go in before the registry, entries into it; then a recipe is asked for by name."""
+    for name, code in readme_blocks("Add your own score, distribution or strategy"):
+        path = copied.folder / name
+        functions, registry, entries = re.fullmatch(
+            r"(.*?)((?:^[A-Z_]+: [^\n]* = \{\n))    \.\.\.\n(.*?)\}\n", code, flags=re.S | re.M
+        ).groups()
+        text = path.read_text()
+        assert text.count(registry) == 1
+        path.write_text(text.replace(registry, functions + registry + entries))
+    recipe = "tiny+prune-tail-ot_mass-r0.25-spread_to_pushforward"
+    copied.run("--cores", "2", f"results/evaluations/{recipe}/docs.json")
+    other = "tiny+prune-tail-ot_mass-r0.25-spread_out"
+    copied.run("--cores", "2", f"results/evaluations/{other}/docs.json")
+    plans = [
+        (copied.folder / f"results/ffn/tiny/prunes/{r.removeprefix('tiny+')}/plan.safetensors")
+        for r in (recipe, other)
+    ]
+    assert plans[0].read_bytes() != plans[1].read_bytes()
 
 
 def test_every_promised_file_is_there(finished: Workflow):

@@ -9,8 +9,10 @@ sys.path.insert(0, f"{workflow.basedir}/src")
 
 from headroom import digest, experiment, jobs, locks
 from headroom.errors import InputError
+from headroom.ffn import families as ffn_families
 from headroom.heads import families
-from headroom.recipes import METRICS, Merge, Remove, canonical, parse_recipe, parse_step
+from headroom.recipes import METRICS, Merge, Prune, Remove
+from headroom.recipes import canonical, parse_recipe, parse_step
 from headroom.recipes import recipe_regex, step_regex
 
 try:
@@ -35,6 +37,8 @@ wildcard_constraints:
     recipe=RECIPE,
     parent=RECIPE,
     step=f"{step_regex(Merge)}|{step_regex(Remove)}",
+    prune=step_regex(Prune),
+    seed=r"\d+",
     corpus="|".join(config["corpora"]),
     split="train|calibration|evaluation",
     metric="|".join(METRICS),

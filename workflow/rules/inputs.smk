@@ -56,6 +56,8 @@ def texts_used(recipe):
     used = [(base["train"]["corpus"], "train")] if "train" in base else []
     if any(isinstance(step, (Merge, Remove)) for step in steps):
         used.append((config["heads"]["calibration"]["corpus"], "calibration"))
+    if any(isinstance(step, Prune) for step in steps):
+        used.append((config["ffn"]["calibration"]["corpus"], "calibration"))
     return used
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from headroom.checkpoints import Tensors, geometry, load_model, read_config, resolve_device
+from headroom.checkpoints import Overlay, Tensors, geometry, load_model, read_config, resolve_device
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -28,10 +28,7 @@ def sizes(checkpoint: str | Path, window: int) -> dict:
     tensors, config = Tensors(checkpoint), read_config(checkpoint)
     shape = geometry(config)
     counts = dict.fromkeys(("embedding", "attention", "ffn", "other"), 0)
-    for name, (dims, _) in tensors.shapes().items():
-        count = 1
-        for dim in dims:
-            count *= dim
+    for name, count in tensors.counts().items():
         counts[_part(name)] += count
     total = sum(counts.values())
     tied = config.get("tie_word_embeddings", False) and "lm_head.weight" not in tensors
@@ -64,30 +61,33 @@ def effective_parameters(tensors: Mapping[str, Tensor], config: dict) -> int:
     """Count parameters without those that do nothing or only repeat.
 
     A query head whose block of W_O is zero does nothing; live heads with equal W_Q, W_K, W_V count
-    once; a key/value head that no live head reads does nothing, equal ones count once. This is what
-    deleting copies would leave, also where a stock shape keeps them.
+    once; a key/value head that no live head reads does nothing, equal ones count once. An FFN
+    channel whose column of W_d or whose row of W_u (and its bias) is zero does nothing. This is
+    what deleting them would leave, also where a stock shape keeps them.
 
     Args:
         tensors: a checkpoint's, by name (``Tensors`` or a mapping).
         config: its ``config.json``.
     """
     shape = geometry(config)
-    names = tensors.names() if isinstance(tensors, Tensors) else list(tensors)
-    if isinstance(tensors, Tensors):
-        attention = {name for name in names if "self_attn" in name}
-        other = sum(
-            _product(dims) for name, (dims, _) in tensors.shapes().items() if name not in attention
-        )
-    else:
-        other = sum(tensors[name].numel() for name in names if "self_attn" not in name)
-    return other + sum(_effective_layer(tensors, shape, layer) for layer in range(shape.layers))
+    known = isinstance(tensors, Tensors | Overlay)  # those whose sizes need no reading
+    counts = tensors.counts() if known else {name: tensors[name].numel() for name in tensors}
+    other = sum(count for name, count in counts.items() if "self_attn" not in name)
+    layers = range(shape.layers)
+    heads = sum(_effective_layer(tensors, shape, layer) for layer in layers)
+    return other + heads - sum(_idle_channels(tensors, layer) for layer in layers)
 
 
-def _product(dims: Sequence[int]) -> int:
-    count = 1
-    for dim in dims:
-        count *= dim
-    return count
+def _idle_channels(tensors, layer: int) -> int:
+    """Count the parameters of the FFN channels of a layer that do nothing."""
+    prefix = f"model.layers.{layer}.mlp."
+    up_nD, down_Dn = (tensors[f"{prefix}{name}_proj.weight"] for name in ("up", "down"))
+    biases = [f"{prefix}{name}_proj.bias" for name in ("gate", "up")]
+    heard_n = up_nD.any(1)
+    if biases[1] in tensors:
+        heard_n = heard_n | (tensors[biases[1]] != 0)
+    idle = int((~(heard_n & down_Dn.any(0))).sum())
+    return idle * (3 * up_nD.shape[1] + sum(name in tensors for name in biases))
 
 
 def _effective_layer(tensors, shape, layer: int) -> int:

@@ -13,6 +13,7 @@ from headroom.recipes import (
     METRICS,
     SCORES,
     Merge,
+    Remove,
     Step,
     canonical,
     format_step,
@@ -134,6 +135,8 @@ def check_budgets(recipe: str, chain: tuple[Step, ...], sizes: Geometry) -> None
 
     heads, groups = sizes.heads, sizes.groups
     for step in chain:
+        if not isinstance(step, Merge | Remove):
+            continue  # other studies' steps leave the heads alone
         text = step.selection if isinstance(step, Merge) else step.budget
         if not text.startswith("b"):
             continue

@@ -3,44 +3,17 @@
 Shapes: N tokens, H query heads, G key/value heads, d head size, D model width.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import torch
 from torch import Tensor
 
+from headroom.accumulators import Moments
 from headroom.heads.weights import AttentionWeights, Calibration, heads_output
-
-
-@dataclass(frozen=True)
-class Moments:
-    """What a head's output was over the calibration tokens, by column, in float64."""
-
-    count: int
-    mean_Hd: Tensor
-    squares_Hd: Tensor  # Σ_t (z − mean)²
-
-    def merged(self, z_NHd: Tensor) -> "Moments":
-        """Return the moments of these and further tokens (Chan, Golub, LeVeque 1979).
-
-        Means are subtracted before anything is squared, so that a large mean costs no digits.
-        """
-        z_NHd = z_NHd.double()
-        count, mean_Hd = z_NHd.shape[0], z_NHd.mean(0)
-        squares_Hd = (z_NHd - mean_Hd).square().sum(0)
-        total, step_Hd = self.count + count, mean_Hd - self.mean_Hd
-        return Moments(
-            total,
-            self.mean_Hd + step_Hd * (count / total),
-            self.squares_Hd + squares_Hd + step_Hd.square() * (self.count * count / total),
-        )
 
 
 def moments(weights: AttentionWeights, calibration: Calibration) -> Moments:
     """Stream the calibration text once through the layer's heads."""
-    zero = torch.zeros(
-        weights.heads, weights.head_dim, dtype=torch.float64, device=weights.q_HdD.device
-    )
-    found = Moments(0, zero, zero)
+    found = Moments.empty((weights.heads, weights.head_dim), weights.q_HdD.device)
     for x_BTD, cos_Td, sin_Td in calibration.batches(weights.q_HdD):
         found = found.merged(heads_output(weights, x_BTD, cos_Td, sin_Td).flatten(0, 1))
     return found
@@ -51,8 +24,7 @@ def wanda_sp(weights: AttentionWeights, observed: Moments) -> Tensor:
 
     An et al. 2024, section 4.1: the extension of Wanda to structures.
     """
-    norm_Hd = (observed.squares_Hd + observed.count * observed.mean_Hd.square()).sqrt()
-    return (weights.o_HDd.double().abs().mean(1) * norm_Hd).sum(1)
+    return (weights.o_HDd.double().abs().mean(1) * observed.energy_C.sqrt()).sum(1)
 
 
 def flap(weights: AttentionWeights, observed: Moments) -> Tensor:
@@ -62,7 +34,7 @@ def flap(weights: AttentionWeights, observed: Moments) -> Tensor:
     (f − mean f) / std f. An et al. 2024, section 3.2; the variance is the true one of all tokens
     (N − 1), where the authors' code keeps a running approximation.
     """
-    variance_Hd = observed.squares_Hd / max(observed.count - 1, 1)
+    variance_Hd = observed.squares_C / max(observed.count - 1, 1)
     fluctuation_Hd = variance_Hd * weights.o_HDd.double().square().sum(1)
     spread = fluctuation_Hd.std()
     centred_Hd = fluctuation_Hd - fluctuation_Hd.mean()

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from headroom.attention import replaced
 from headroom.checkpoints import (
+    Overlay,
     Tensors,
     load_model,
     read_config,
@@ -125,19 +126,3 @@ def score_controls(
         table["effective_parameters"] = effective_parameters(Overlay(parent, changed), new)
         tables.append(table.assign(control=name))
     return pd.concat(tables, ignore_index=True)
-
-
-class Overlay(Mapping):
-    """A checkpoint's tensors with some of them replaced."""
-
-    def __init__(self, parent: Tensors, changed: Mapping[str, torch.Tensor]):
-        self.parent, self.changed = parent, changed
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.changed[name] if name in self.changed else self.parent[name]
-
-    def __iter__(self):
-        return iter(self.parent.names())
-
-    def __len__(self) -> int:
-        return len(self.parent.names())

@@ -6,6 +6,7 @@ import pandas as pd
 
 from headroom.errors import InputError
 from headroom.heads.study import MEASURES
+from headroom.pages import page
 from headroom.recipes import Merge, parse_step
 
 SHOWN = {
@@ -22,12 +23,6 @@ SHOWN = {
     "checkpoint_bytes": "bytes",
     "kv_cache_bytes_per_token": "KV-cache bytes a token",
 }
-STYLE = (
-    "body{font:14px sans-serif;margin:1.5em;color:#222}table{border-collapse:collapse}"
-    "th,td{padding:.25em .7em;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}"
-    "th:first-child,td:first-child,th:nth-child(2),td:nth-child(2){text-align:left}"
-    "th{position:sticky;top:0;background:#f3f3f3}h2{font-size:16px}p{max-width:60em}"
-)
 
 
 def table(results: Mapping[str, Mapping]) -> pd.DataFrame:
@@ -136,10 +131,10 @@ def as_html(table: pd.DataFrame, results: Mapping[str, Mapping]) -> str:
         for step, result in results.items()
         for name, found in result.get("ordering", {}).get("comparisons", {}).items()
     ]
-    return (
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>Merged heads</title>"
-        f"<style>{STYLE}</style><h2>Merged heads and their controls</h2><p>{describe(results)}</p>"
+    return page(
+        "Merged heads",
+        f"<h2>Merged heads and their controls</h2><p>{describe(results)}</p>",
         f"{body}<h2>Is the choice of heads better than chance?</h2><p>A &lt; B: A does less damage "
-        f"than B. Holds where the interval of the difference lies above zero.</p>"
-        f"<ul>{''.join(lines)}</ul></html>\n"
+        f"than B. Holds where the interval of the difference lies above zero.</p>",
+        f"<ul>{''.join(lines)}</ul>",
     )

@@ -5,10 +5,10 @@ import pytest
 import torch
 from small_models import build, config_of, inputs_of, state_of, tokens
 
+from headroom.accumulators import Moments
 from headroom.checkpoints import geometry
 from headroom.heads.importance import (
     SCORES,
-    Moments,
     flap,
     kept_heads,
     moments,
@@ -62,8 +62,8 @@ def test_moments_do_not_depend_on_batches(layer, batch):
         weights, Calibration(*(calibration.x_STD, calibration.cos_Td, calibration.sin_Td), batch)
     )
     assert found.count == len(z)
-    assert np.allclose(found.mean_Hd.flatten(), z.mean(0), atol=1e-6)
-    assert np.allclose(found.squares_Hd.flatten() / len(z), z.var(0), rtol=1e-5)
+    assert np.allclose(found.mean_C.flatten(), z.mean(0), atol=1e-6)
+    assert np.allclose(found.squares_C.flatten() / len(z), z.var(0), rtol=1e-5)
 
 
 def test_variance_survives_a_large_mean():
@@ -74,7 +74,7 @@ def test_variance_survives_a_large_mean():
     found = Moments(0, zero, zero)
     for part in z.split([1, 99, 500]):
         found = found.merged(part)
-    assert torch.allclose(found.squares_Hd / 599, (z - 1e8).var(0), rtol=1e-6)
+    assert torch.allclose(found.squares_C / 599, (z - 1e8).var(0), rtol=1e-6)
 
 
 def test_constant_heads_have_no_fluctuation(layer):
