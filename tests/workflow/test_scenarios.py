@@ -263,8 +263,8 @@ def test_the_readmes_own_score_distribution_and_strategy_work_as_written(copied)
             r"(.*?)((?:^[A-Z_]+: [^\n]* = \{\n))    \.\.\.\n(.*?)\}\n", code, flags=re.S | re.M
         ).groups()
         text = path.read_text()
-        assert text.count(registry) == 1
-        path.write_text(text.replace(registry, functions + registry + entries))
+        assert text.count(f"\n{registry}") == 1
+        path.write_text(text.replace(f"\n{registry}", f"\n{functions}{registry}{entries}"))
     recipe = "tiny+prune-tail-ot_mass-r0.25-spread_to_pushforward"
     copied.run("--cores", "2", f"results/evaluations/{recipe}/docs.json")
     other = "tiny+prune-tail-ot_mass-r0.25-spread_out"

@@ -31,7 +31,10 @@ rule evaluate:
     params:
         code=code_digest("evaluate"),
         settings=model_settings(
-            "evaluation.window", "evaluation.sequences", "evaluation.bootstrap"
+            "evaluation.window",
+            "evaluation.sequences",
+            "evaluation.choice",
+            "evaluation.bootstrap",
         ),
     script:
         "../scripts/evaluate.py"

@@ -146,6 +146,7 @@ rule ffn_sweep:
                 "ffn.transport",
                 "evaluation.window",
                 "evaluation.sequences",
+                "evaluation.choice",
             ),
             "steps": FFN_STEPS,
         },

@@ -148,6 +148,7 @@ rule head_controls:
                 "heads.ridge",
                 "evaluation.window",
                 "evaluation.sequences",
+                "evaluation.choice",
             ),
             "controls": families.controls(config["heads"])[wildcards.step],
         },

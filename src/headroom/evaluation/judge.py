@@ -8,9 +8,9 @@ import torch
 
 from headroom.checkpoints import load_model, write_json
 from headroom.corpora.text import check_unseen
-from headroom.corpora.tokens import load_stream, windows
+from headroom.corpora.tokens import load_stream
 from headroom.evaluation.cost import sizes
-from headroom.evaluation.perplexity import score_documents, summary
+from headroom.evaluation.perplexity import judged_windows, score_documents, summary
 
 
 def judge(
@@ -42,17 +42,17 @@ def judge(
     evaluation, compute = settings["evaluation"], settings["compute"]
     torch.set_num_threads(compute["threads"])
     stream = load_stream(tokens)
-    tokens_WT, documents_WT = windows(stream, evaluation["window"], "evaluation.window")
-    count = evaluation["sequences"]
-    check_unseen(documents, np.unique(documents_WT[:count]), seen)
+    tokens_WT, documents_WT = judged_windows(stream, evaluation)
+    check_unseen(documents, np.unique(documents_WT), seen)
     model = load_model(checkpoint, compute["device"], compute["dtype"])
-    table = score_documents(model, tokens_WT[:count], documents_WT[:count], batch)
+    table = score_documents(model, tokens_WT, documents_WT, batch)
     table.to_parquet(documents_file, index=False)
     found = {
         **names,
         "split": "evaluation",
         "window": evaluation["window"],
-        "windows": min(count, len(tokens_WT)),
+        "windows": len(tokens_WT),
+        "choice": evaluation["choice"],
         "boundary": stream.boundary,
         "dtype": compute["dtype"],
         "cost": sizes(checkpoint, evaluation["window"]),

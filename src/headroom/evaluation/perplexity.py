@@ -12,10 +12,29 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from headroom.corpora.tokens import Stream, windows
 from headroom.errors import InputError
 from headroom.statistics import bootstrap_ratio
 
 LOGITS = 2**26  # logits held at once, so that a vocabulary of 128k does not decide the memory
+
+
+def judged_windows(stream: Stream, evaluation: Mapping) -> tuple[np.ndarray, np.ndarray]:
+    """Return the windows that a checkpoint is judged on, tokens and documents, int64 (N, T).
+
+    Args:
+        stream: of the evaluation split.
+        evaluation: ``window`` T, ``sequences`` at most N, ``choice``: the ``first`` ones, or
+            ``spread`` evenly over the stream, which sees more documents.
+
+    Raises:
+        InputError: if the stream is shorter than one window.
+    """
+    tokens_NT, documents_NT = windows(stream, evaluation["window"], "evaluation.window")
+    places = np.arange(min(evaluation["sequences"], len(tokens_NT)))
+    if evaluation["choice"] == "spread":
+        places = places * len(tokens_NT) // len(places)
+    return tokens_NT[places], documents_NT[places]
 
 
 @torch.no_grad()

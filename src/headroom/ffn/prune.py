@@ -19,9 +19,9 @@ from headroom.checkpoints import (
     write_derived,
     write_json,
 )
-from headroom.corpora.tokens import load_stream, windows
+from headroom.corpora.tokens import load_stream
 from headroom.evaluation.cost import effective_parameters
-from headroom.evaluation.perplexity import score_documents
+from headroom.evaluation.perplexity import judged_windows, score_documents
 from headroom.ffn.families import seeded
 from headroom.ffn.observe import (
     BATCH,
@@ -35,7 +35,6 @@ from headroom.ffn.store import save_plan
 from headroom.recipes import Prune, format_step, parse_step
 
 HELD = 8e9  # bytes of pruned tensors that wait on the CPU while several prunings share a pass
-SETTING = ("corpus", "split", "window", "windows", "boundary", "dtype")
 
 
 def load_source(
@@ -144,8 +143,7 @@ def sweep(
     source = load_source(checkpoint, inputs, seed, settings, halvings)
     evaluation = settings["evaluation"]
     stream = load_stream(inputs["evaluation"])
-    found = windows(stream, evaluation["window"], "evaluation.window")
-    text = [part[: evaluation["sequences"]] for part in found]
+    text = judged_windows(stream, evaluation)
     batch = max(1, batch >> halvings)
     dense = score_documents(source.model, *text, batch)
     documents, layers = [_sized(dense, source, {}, source.config).assign(step="dense")], []
@@ -161,6 +159,7 @@ def sweep(
         "split": "evaluation",
         "window": evaluation["window"],
         "windows": len(text[0]),
+        "choice": evaluation["choice"],
         "boundary": stream.boundary,
         "dtype": settings["compute"]["dtype"],
         "documents": len(dense),

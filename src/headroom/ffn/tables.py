@@ -19,7 +19,7 @@ from headroom.statistics import seeded_loss_difference
 DENSE = "dense"
 SEQUENTIAL = "_sequential"
 FIELDS = ("score", "fusion", "selection", "ratio", "strategy", "cost", "solver")
-SETTING = ("corpus", "split", "window", "windows", "boundary", "dtype")
+SETTING = ("corpus", "split", "window", "windows", "choice", "boundary", "dtype")
 SIZES = ("ffn_parameters", "effective_parameters")
 SHOWN = {
     "step": "step",
@@ -133,9 +133,10 @@ def describe(settings: Mapping[int, Mapping]) -> str:
     """
     one, seeds = one_setting(settings), sorted(settings)
     names = ", ".join(map(str, seeds))
+    several = "s" if len(seeds) > 1 else ""
     return (
         f"{one['corpus']}, {one['split']} split: {one['windows']} windows of {one['window']} "
-        f"tokens, {one['dtype']}, calibration seed{'s' if len(seeds) > 1 else ''} {names}"
+        f"tokens in {one['documents']} documents, {one['dtype']}, calibration seed{several} {names}"
     )
 
 

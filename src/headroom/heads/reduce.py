@@ -19,9 +19,9 @@ from headroom.checkpoints import (
     write_derived,
     write_json,
 )
-from headroom.corpora.tokens import load_stream, windows
+from headroom.corpora.tokens import load_stream
 from headroom.evaluation.cost import effective_parameters
-from headroom.evaluation.perplexity import score_documents
+from headroom.evaluation.perplexity import judged_windows, score_documents
 from headroom.heads.families import control_steps
 from headroom.heads.pipeline import InputFile, merge_model, plan_layers
 from headroom.heads.store import load_similarity
@@ -107,11 +107,7 @@ def score_controls(
     compute = _compute(settings, halvings)
     common = (InputFile(inputs), settings["heads"])
     chosen = plan_layers(parent, config, merge, similarity_LHH, *common, **compute)
-    evaluation = settings["evaluation"]
-    tokens_NT, documents_NT = windows(
-        load_stream(tokens), evaluation["window"], "evaluation.window"
-    )
-    count = evaluation["sequences"]
+    text = judged_windows(load_stream(tokens), settings["evaluation"])
     model = load_model(checkpoint, settings["compute"]["device"], settings["compute"]["dtype"])
     tables = []
     for name, control in tqdm(control_steps(step, settings["controls"]).items(), file=sys.stderr):
@@ -120,9 +116,7 @@ def score_controls(
             parent, config, control, similarity_LHH, *common, chosen=plans, **compute
         )
         with replaced(model, changed):
-            table = score_documents(
-                model, tokens_NT[:count], documents_NT[:count], max(1, batch >> halvings)
-            )
+            table = score_documents(model, *text, max(1, batch >> halvings))
         table["effective_parameters"] = effective_parameters(Overlay(parent, changed), new)
         tables.append(table.assign(control=name))
     return pd.concat(tables, ignore_index=True)

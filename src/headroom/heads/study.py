@@ -50,7 +50,7 @@ def compare(
 
 
 def _setting(summary: Mapping) -> dict:
-    names = ("corpus", "split", "window", "boundary", "documents", "tokens", "bootstrap")
+    names = ("corpus", "split", "window", "choice", "boundary", "documents", "tokens", "bootstrap")
     return {name: summary[name] for name in names if name in summary}
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from headroom.corpora.tokens import Stream
 from headroom.errors import InputError
 from headroom.evaluation import perplexity
-from headroom.evaluation.perplexity import score_documents, summary
+from headroom.evaluation.perplexity import judged_windows, score_documents, summary
 
 VOCABULARY = 50
 BOOTSTRAP = {"resamples": 200, "confidence": 0.95, "seed": 0}
@@ -156,3 +157,16 @@ def test_bad_input_is_refused():
     model.lm_head.weight.data[:] = math.nan
     with pytest.raises(InputError, match="not finite"):
         score_documents(model, *rectangular())
+
+
+def test_judged_windows_are_the_first_or_spread_over_the_text():
+    stream = Stream(np.arange(107), np.arange(107) // 10, "bos", 1)
+    wanted = {"window": 10, "sequences": 4}
+    first, _ = judged_windows(stream, wanted | {"choice": "first"})
+    assert first[:, 0].tolist() == [0, 10, 20, 30]
+    spread, documents = judged_windows(stream, wanted | {"choice": "spread"})
+    assert spread[:, 0].tolist() == [0, 20, 50, 70]
+    assert (documents == spread // 10).all()
+    for choice in ("first", "spread"):  # fewer than asked for: all of them, in order
+        every, _ = judged_windows(stream, wanted | {"sequences": 99, "choice": choice})
+        assert (every == np.arange(100).reshape(10, 10)).all()

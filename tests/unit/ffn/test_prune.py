@@ -17,7 +17,7 @@ from headroom.corpora.tokens import Stream, save_stream, windows
 from headroom.errors import InputError
 from headroom.evaluation.cost import effective_parameters, sizes
 from headroom.evaluation.perplexity import score_documents
-from headroom.ffn import families, prune
+from headroom.ffn import families, prune, tables
 from headroom.ffn.gradients import measure_gradients
 from headroom.ffn.observe import calibration_windows, heldout_windows, measure_activations
 from headroom.ffn.prune import prune_checkpoint, pruned_in_groups, sweep
@@ -40,7 +40,7 @@ SETTINGS = {
         "multiple": 1,
         "transport": {"mass": 0.8},
     },
-    "evaluation": {"window": WINDOW, "sequences": 7},
+    "evaluation": {"window": WINDOW, "sequences": 7, "choice": "first"},
     "corpus": "toy",
 }
 
@@ -260,10 +260,17 @@ def test_a_sweep_scores_what_would_be_written(tmp_path, dtype):
     worse = documents[documents.step == steps[0]]
     assert worse.nll.sum() != dense.nll.sum() and worse.tokens.sum() == dense.tokens.sum() == 77
     assert setting == {
-        "corpus": "toy", "split": "evaluation", "window": WINDOW, "windows": 7, "boundary": "bos",
-        "dtype": "float32", "documents": len(dense), "tokens": 77,
-    }  # fmt: skip
-    assert set(prune.SETTING) <= set(setting)
+        "corpus": "toy",
+        "split": "evaluation",
+        "window": WINDOW,
+        "windows": 7,
+        "choice": "first",
+        "boundary": "bos",
+        "dtype": "float32",
+        "documents": len(dense),
+        "tokens": 77,
+    }
+    assert set(tables.SETTING) <= set(setting)
     halved = sweep(str(one.parent), steps[:3], 2, one.inputs, SETTINGS, batch=3, halvings=2)[0]
     both = [t[t.step.isin(steps[:3])].nll.to_numpy() for t in (documents, halved)]
     np.testing.assert_allclose(*both, rtol=1e-5)

@@ -11,6 +11,8 @@ from headroom.ffn.tables import as_html, baseline, describe, one_setting, summar
 BOOTSTRAP = {"resamples": 300, "confidence": 0.95, "seed": 0}
 TOKENS = np.random.default_rng(1).integers(50, 200, 40)
 SETTING = {
+    "documents": 40,
+    "choice": "first",
     "corpus": "docs",
     "split": "evaluation",
     "window": 128,
@@ -203,7 +205,8 @@ def test_settings_are_not_mixed():
 
 
 def test_words_name_corpus_window_and_seeds():
-    words = "docs, evaluation split: 64 windows of 128 tokens, float32, calibration seed"
+    words = "docs, evaluation split: 64 windows of 128 tokens in 40 documents, float32, "
+    words += "calibration seed"
     assert describe(SETTINGS) == f"{words}s 0, 1, 2"
     assert describe({7: SETTING}) == f"{words} 7"
 
