@@ -156,7 +156,8 @@ def whole_model(settings: argparse.Namespace) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from headroom.ffn.observe import observe
-    from headroom.ffn.pipeline import Source, prune_model
+    from headroom.ffn.pipeline import prune_model
+    from headroom.ffn.task import Source
     from headroom.recipes import parse_step
 
     torch.set_default_dtype(torch.bfloat16)

@@ -194,7 +194,7 @@ def check_recipe(name: str, config: dict) -> None:
     sizes = base_geometry(recipe.base, config)
     if sizes is not None:
         families.check_budgets(name, recipe.steps, sizes)
-        ffn_families.check_steps(name, recipe.steps, sizes)
+        ffn_families.check_family(f"recipe {name}", recipe.steps, sizes.family)
 
 
 def _check_controls(config: dict) -> None:

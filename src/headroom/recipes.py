@@ -38,7 +38,10 @@ DISTRIBUTIONS = (
 STRATEGIES = dict.fromkeys(
     (*registry_names("headroom.ffn.marginals", "STRATEGIES"), *DISTRIBUTIONS)
 )
-COSTS = registry_names("headroom.ffn.transport", "COSTS")
+COSTS = (
+    *registry_names("headroom.ffn.transport", "COSTS"),
+    *registry_names("headroom.ffn.transport", "ACTIVATION_COSTS"),
+)
 SOLVERS = registry_names("headroom.ffn.transport", "SOLVERS")
 NAME_BYTES = 200  # a folder's name may have 255 bytes; logs and temporary names need the rest
 

@@ -98,6 +98,18 @@ def test_a_checkpoint_with_dots_in_its_name_and_a_second_corpus(empty):
     assert "results/provenance/checkpoints/llama-3.2-1b.json" in result
 
 
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_three_lines_are_enough_for_every_family(empty, family):
+    """The README's own-model configuration: what defaults ask for, every family can do."""
+    from transformers import AutoConfig
+
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 4}
+    config = AutoConfig.for_model(family, num_key_value_heads=2, num_hidden_layers=2, **sizes)
+    config.save_pretrained(empty.folder / "model")
+    empty.configure({"checkpoints": {"mine": {"path": "model"}}})
+    assert {"ffn_sweep", "prune_channels", "head_similarity"} <= set(empty.planned())
+
+
 def test_a_study_without_merges_shows_its_similarities(empty):
     config = copy.deepcopy(SMALL)
     config["heads"]["merges"] = []
@@ -294,5 +306,16 @@ def test_every_promised_file_is_there(finished: Workflow):
     for name in ("metrics_comparison", "merged_pairs_per_layer", "metrics_change"):
         for suffix in (".png", ".svg"):
             assert (figures / name).with_suffix(suffix).stat().st_size > 5000
+    root = finished.folder / "results/ffn/tiny"
+    for name in ("perplexity", "rescue"):
+        for suffix in (".png", ".svg"):
+            assert (root / f"figures/docs/{name}").with_suffix(suffix).stat().st_size > 5000
+    verdicts = (root / "figures/docs/verdicts.csv").read_text().splitlines()
+    assert len(verdicts) == 1 + 2, "ridge and ot_mass have drop to beat"
+    assert "Transport beat its baseline in" in (root / "figures/docs/table.html").read_text()
+    prune = root / "prunes/prune-flap-ot_mass-r0.50"
+    layers = json.loads((prune / "rescue.json").read_text())["layers"]
+    assert [layer["pruned"] for layer in layers] == [16, 16]
+    assert "RESCUE EFFECT SUMMARY REPORT" in (prune / "rescue.txt").read_text()
     results = [p for p in Path(finished.folder).rglob("*.json") if "provenance" not in p.parts]
     assert not [p for p in results if "seconds" in p.read_text() and "merges" in p.parts]

@@ -57,8 +57,12 @@ def prune_inputs(wildcards):
 def sweep_inputs(wildcards):
     """What a sweep reads beside its checkpoint."""
     found = channel_statistics(wildcards.recipe, wildcards.seed, FFN_STEPS)
+    corpus, used = wildcards.corpus, texts_used(wildcards.recipe)
+    used = dict.fromkeys([*used, (FFN_CALIBRATION, "calibration")])
     return found | {
-        "evaluation": tokens_of(wildcards.recipe, wildcards.corpus, "evaluation")
+        "evaluation": tokens_of(wildcards.recipe, corpus, "evaluation"),
+        "documents": f"results/corpora/{corpus}/evaluation.parquet",
+        "seen": documents_of(used, corpus),
     }
 
 

@@ -61,13 +61,15 @@ def texts_used(recipe):
     return used
 
 
-def seen_documents(wildcards):
-    """Documents of other corpora that a checkpoint has seen, to be held against the held-out ones.
-
-    The splits of one corpus share no document as it is.
-    """
+def documents_of(used, corpus):
+    """The documents of other corpora than one; the splits of one share no document as it is."""
     return [
-        f"results/corpora/{corpus}/{split}.parquet"
-        for corpus, split in texts_used(wildcards.recipe)
-        if corpus != wildcards.corpus
+        f"results/corpora/{other}/{split}.parquet"
+        for other, split in used
+        if other != corpus
     ]
+
+
+def seen_documents(wildcards):
+    """Documents of other corpora that a checkpoint has seen, to be held against the held-out."""
+    return documents_of(texts_used(wildcards.recipe), wildcards.corpus)

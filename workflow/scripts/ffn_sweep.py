@@ -11,18 +11,22 @@ params = snakemake.params
 jobs.start(snakemake.log[0], params.code, params.settings, snakemake.resources.halvings)
 
 from headroom.checkpoints import write_json
-from headroom.ffn.prune import sweep
+from headroom.ffn.sweep import sweep
 
-documents, layers, setting = sweep(
-    checkpoint=snakemake.input.checkpoint,
-    steps=params.settings["steps"],
-    seed=int(snakemake.wildcards.seed),
-    inputs=snakemake.input,
-    settings={**params.settings, "corpus": snakemake.wildcards.corpus},
-    batch=snakemake.resources.batch,
-    halvings=snakemake.resources.halvings,
-)
-documents.to_parquet(snakemake.output.documents, index=False)
-layers.to_parquet(snakemake.output.layers, index=False)
-write_json(Path(snakemake.output.setting), setting)
-jobs.write_provenance(snakemake.output.provenance, params.code, params.settings)
+inputs, resources, output = snakemake.input, snakemake.resources, snakemake.output
+with jobs.training_state(params.code, params.settings, sorted({*map(str, inputs)})) as state:
+    documents, layers, setting = sweep(
+        checkpoint=inputs.checkpoint,
+        steps=params.settings["steps"],
+        seed=int(snakemake.wildcards.seed),
+        inputs=inputs,
+        settings={**params.settings, "corpus": snakemake.wildcards.corpus},
+        batch=resources.batch,
+        halvings=resources.halvings,
+        held=resources.mem_mb * 1e6 / 2,
+        state=state,
+    )
+documents.to_parquet(output.documents, index=False)
+layers.to_parquet(output.layers, index=False)
+write_json(Path(output.setting), setting)
+jobs.write_provenance(output.provenance, params.code, params.settings)

@@ -3,14 +3,15 @@
 Light: it runs while the workflow is read.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
 
-from headroom.checkpoints import Geometry
 from headroom.errors import InputError
 from headroom.ffn.marginals import needs_gradients
 from headroom.recipes import (
     GRADIENT_SCORES,
+    REFITS,
     Prune,
     Step,
     canonical,
@@ -19,6 +20,9 @@ from headroom.recipes import (
 )
 
 TRANSPORTS = ("strategies", "costs", "solvers")
+ALWAYS = (("random", "drop"), ("flap", "drop"), ("flap", "ridge"))
+SEQUENTIAL = "_sequential"
+DENSE = "dense"  # how tables name the unpruned checkpoint
 ALLOCATIONS = {"uniform": "r", "global": "g", "angular": "a"}
 
 
@@ -58,9 +62,30 @@ def _family(family: dict, ratios: list[float]) -> list[str]:
 
 
 def steps(settings: dict) -> list[str]:
-    """Return the prune steps that are compared, without seeds, each once, in order."""
+    """Return the prune steps that are compared, without seeds, each once, in order.
+
+    What every comparison needs comes with it: each step's own baseline, and at every ratio random
+    and FLAP channels dropped and FLAP's refitted.
+    """
     found = [step for family in settings["prunes"] for step in _family(family, settings["ratios"])]
+    for step in list(found):
+        ratio = parse_step(step).ratio
+        found += [format_step(Prune(*pair, ratio)) for pair in ALWAYS]
+        found += [other for other in (baseline(step),) if other]
     return list(dict.fromkeys(found))
+
+
+def baseline(step: str) -> str | None:
+    """Return the step that a step has to beat, with the same keep set; None for a baseline.
+
+    A transport that refits (``ot_ridge``) has to beat that refit alone, sequential against
+    sequential; every other fusion has to beat ``drop``.
+    """
+    if step == DENSE or (parsed := parse_step(step)).fusion == "drop":
+        return None
+    refits = parsed.fusion.startswith("ot_") and parsed.fusion.removesuffix(SEQUENTIAL) in REFITS
+    fusion = parsed.fusion.removeprefix("ot_") if refits else "drop"
+    return format_step(Prune(parsed.score, fusion, parsed.ratio))
 
 
 def seeded(step: str, seed: int) -> str:
@@ -76,15 +101,18 @@ def reads_gradients(step: Prune) -> bool:
     )
 
 
-def check_steps(recipe: str, chain: tuple[Step, ...], sizes: Geometry) -> None:
-    """Refuse a pruning that the checkpoint's family can't hold.
+def check_family(key: str, steps: Iterable[Step], family: str) -> None:
+    """Refuse a pruning that a model's family can't hold.
+
+    Args:
+        key: what to name: a recipe, a key of the configuration.
 
     Raises:
-        InputError: naming the recipe and what is possible.
+        InputError: naming the key and what is possible.
     """
-    for step in chain:
-        if isinstance(step, Prune) and step.fusion == "bias" and sizes.family != "llama":
+    for step in steps:
+        if isinstance(step, Prune) and step.fusion == "bias" and family != "llama":
             raise InputError(
-                f"recipe {recipe}: fusion bias needs an FFN with biases, which {sizes.family} has "
-                f"not (allowed: llama)"
+                f"{key}: fusion bias needs an FFN with biases, which {family} has not "
+                f"(allowed: llama)"
             )

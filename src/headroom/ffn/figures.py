@@ -10,7 +10,8 @@ from textwrap import fill
 import numpy as np
 import pandas as pd
 
-from headroom.ffn.tables import DENSE, SEQUENTIAL, step_fields, transports
+from headroom.ffn.families import DENSE, SEQUENTIAL
+from headroom.ffn.tables import step_fields, transports
 from headroom.plotting import COLOURS, MARKERS, NEUTRAL, figure
 from headroom.recipes import Prune
 

@@ -149,6 +149,9 @@ def widths(
         angles: of each layer, its mean angular change of the residual stream.
         multiple: widths are rounded up to it (8 or 128 suit hardware).
         channels: n, the width of every layer as stored.
+
+    Raises:
+        InputError: if a layer keeps no channel, or rounding up to ``multiple`` keeps them all.
     """
     kind, ratio = selection[0], Fraction(selection[1:])
     layers, uniform = len(scores), channels - int(channels * ratio)
@@ -162,8 +165,21 @@ def widths(
     else:
         share = torch.sigmoid(standardised(torch.tensor(angles, dtype=torch.float64)))
         kept = _apportioned(share.tolist(), layers * uniform, channels)
-    rounded = [-(-max(1, width) // multiple) * multiple for width in kept]
-    return [min(width, len(s)) for width, s in zip(rounded, scores, strict=True)]
+    if min(kept) < 1:
+        raise InputError(
+            f"ratio {selection}: layer {kept.index(0)} would keep no channel (allowed: a smaller "
+            f"ratio, or r{selection[1:]}, which takes as many from every layer)"
+        )
+    found = [
+        min(-(-width // multiple) * multiple, len(score_n))
+        for width, score_n in zip(kept, scores, strict=True)
+    ]
+    if sum(kept) < sum(map(len, scores)) == sum(found):
+        raise InputError(
+            f"config key ffn.multiple is {multiple}: at ratio {selection} every layer would keep "
+            f"all of its {channels} channels (allowed: at most {channels - min(kept)})"
+        )
+    return found
 
 
 def _apportioned(shares: Sequence[float], total: int, most: int) -> list[int]:

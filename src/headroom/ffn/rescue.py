@@ -126,12 +126,19 @@ def _layer_line(row: dict) -> str:
     if not row["pruned"]:
         return f"Layer {row['layer']:02d}: nothing pruned"
     figures = [
-        ("Rescued {} of the output that dropping loses", row["functional"]),
+        (_rescued(row["functional"]), row["functional"]),
         ("Transported {} of pruned mass", row.get("mass_rescue")),
-        ("Diluted {} of kept channels", row.get("dilution")),
+        ("Diluted: {} of a fused row from other channels", row.get("dilution")),
     ]
     said = [text.format(_share(value)) for text, value in figures if value is not None]
     return f"Layer {row['layer']:02d}: {', '.join(said) or 'not measured'}"
+
+
+def _rescued(rescue: float | None) -> str:
+    """Return what a functional rescue means; below 0 it is a harm, not a negative share."""
+    if rescue is None or rescue >= 0:
+        return "Rescued {} of the squared error of dropping"
+    return f"Harmed (rescue {rescue:.3f}: {1 - rescue:.3g} times the squared error of dropping)"
 
 
 def _overview(layers: list[dict], names: dict) -> list[str]:
@@ -165,15 +172,15 @@ def _global_lines(pooled: dict) -> list[list[str]]:
             "of a fused gate or up row comes from other channels than the kept one",
         ),
     ]
-    return [
-        [
-            f"{title}:",
-            f"  {label}: {pooled[key]:.4f} ({pooled[key]:.2%})",
-            f"  → {pooled[key]:.2%} {meaning}",
-        ]
-        for title, label, key, meaning in wording
-        if pooled[key] is not None
-    ]
+    found = []
+    for title, label, key, meaning in wording:
+        if (value := pooled[key]) is None:
+            continue
+        said = f"  → {value:.2%} {meaning}"
+        if value < 0:
+            said = f"  → harm: {1 - value:.3g} times the squared error of dropping"
+        found.append([f"{title}:", f"  {label}: {value:.4f} ({value:.2%})", said])
+    return found
 
 
 def _spread_lines(rows: list[dict]) -> list[str]:
@@ -198,15 +205,14 @@ def _interpretation(pooled: dict) -> list[str]:
     lines = []
     if (rescue := pooled["functional"]) is not None:
         verdict = rescue_verdict(rescue)
-        tail = "; worse than dropping" if rescue < 0 else ""
-        lines.append(
-            f"  {marks[verdict]} {verdict.capitalize()} rescue effect: {rescue:.1%} of what"
-            f" dropping loses is preserved{tail}"
-        )
+        meaning = f"{rescue:.1%} of the squared error of dropping is undone"
+        if rescue < 0:
+            meaning = f"worse than dropping, {1 - rescue:.3g} times its squared error"
+        lines.append(f"  {marks[verdict]} {verdict.capitalize()} rescue effect: {meaning}")
     if (diluted := pooled["dilution"]) is not None:
         verdict = dilution_verdict(diluted)
         lines.append(
-            f"  {marks[verdict]} {verdict.capitalize()} dilution cost: {diluted:.1%} of kept"
-            " channels are diluted"
+            f"  {marks[verdict]} {verdict.capitalize()} dilution cost: {diluted:.1%} of a"
+            " fused row comes from other channels"
         )
     return lines or ["  nothing measured"]

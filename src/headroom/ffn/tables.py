@@ -12,12 +12,11 @@ import numpy as np
 import pandas as pd
 
 from headroom.errors import InputError
+from headroom.ffn.families import DENSE, baseline
 from headroom.pages import page
-from headroom.recipes import REFITS, format_step, parse_step
+from headroom.recipes import parse_step
 from headroom.statistics import seeded_loss_difference
 
-DENSE = "dense"
-SEQUENTIAL = "_sequential"
 FIELDS = ("score", "fusion", "selection", "ratio", "strategy", "cost", "solver")
 SETTING = ("corpus", "split", "window", "windows", "choice", "boundary", "dtype")
 SIZES = ("ffn_parameters", "effective_parameters")
@@ -58,19 +57,6 @@ def step_fields(step: str) -> dict:
 def transports(fusion: str) -> bool:
     """Return whether a fusion moves pruned channels by a transport plan."""
     return fusion.startswith("ot_")
-
-
-def baseline(step: str) -> str | None:
-    """Return the step that a step has to beat, with the same keep set; None for a baseline.
-
-    A transport that refits (``ot_ridge``) has to beat that refit alone, sequential against
-    sequential; every other fusion has to beat ``drop``.
-    """
-    if step == DENSE or (parsed := parse_step(step)).fusion == "drop":
-        return None
-    refits = transports(parsed.fusion) and parsed.fusion.removesuffix(SEQUENTIAL) in REFITS
-    fusion = parsed.fusion.removeprefix("ot_") if refits else "drop"
-    return format_step(type(parsed)(parsed.score, fusion, parsed.ratio))
 
 
 class Losses:

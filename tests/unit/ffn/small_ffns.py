@@ -9,7 +9,8 @@ from headroom.ffn.fusion import Layer
 from headroom.ffn.gradients import channel_statistics
 from headroom.ffn.layers import FFN
 from headroom.ffn.observe import observe
-from headroom.ffn.pipeline import Source, prune_model, score_layers, select
+from headroom.ffn.pipeline import prune_model, score_layers, select
+from headroom.ffn.task import Source
 from headroom.recipes import parse_step
 
 VOCABULARY = 40

@@ -180,7 +180,8 @@ def test_widths_round_up_to_a_multiple(kind):
     eight = widths(f"{kind}0.30", scores, angles, 8, 50)
     assert sum(raw) == 5 * 35
     assert eight == [min(50, (w + 7) // 8 * 8) for w in raw]
-    assert widths(f"{kind}0.30", scores, angles, 128, 50) == [50] * 5
+    with pytest.raises(InputError, match=r"ffn\.multiple is 128: at ratio .0\.30 every layer"):
+        widths(f"{kind}0.30", scores, angles, 128, 50)
     assert widths(f"{kind}0.00", scores, angles, 1, 50) == [50] * 5
 
 
@@ -201,9 +202,13 @@ angles_of = st.lists(st.floats(0, 1), min_size=1, max_size=40)
 
 @given(angles_of, st.integers(1, 99), st.integers(1, 60))
 def test_angular_widths_share_the_total(angles, percent, n):
-    kept = widths(f"a0.{percent:02d}", uniform_scores(len(angles), n), angles, 1, n)
+    try:
+        kept = widths(f"a0.{percent:02d}", uniform_scores(len(angles), n), angles, 1, n)
+    except InputError as error:  # a few channels and most of them gone
+        assert "would keep no channel" in str(error) and n * (100 - percent) < 500
+        return
     total = len(angles) * (n - int(n * Fraction(percent, 100)))
-    assert sum(kept) == total or (sum(kept) > total and 1 in kept)  # no layer loses all
+    assert sum(kept) == total
     assert all(1 <= width <= n for width in kept)
     order = np.argsort(angles, kind="stable")
     assert all(kept[a] <= kept[b] + 1 for a, b in pairwise(order))

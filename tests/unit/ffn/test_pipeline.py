@@ -8,11 +8,12 @@ import torch
 
 from headroom.errors import InputError
 from headroom.evaluation.cost import effective_parameters
-from headroom.ffn import pipeline
+from headroom.ffn import pipeline, planning
 from headroom.ffn.layers import canonical_scale, live_channels, named, read
 from headroom.ffn.observe import hidden_moments
-from headroom.ffn.pipeline import Selection, wait_for_room
+from headroom.ffn.planning import wait_for_room
 from headroom.ffn.stream import LayerStream
+from headroom.ffn.task import Selection
 from headroom.recipes import FUSIONS, parse_step
 
 from .small_ffns import (
@@ -242,7 +243,7 @@ def test_solvers_that_fail_are_heard():
     with pytest.raises(InputError, match=r"ffn\.transport\.iterations"):
         pruned(source, "prune-flap-ot_mass-r0.30-uniform")
     with pytest.raises(InputError, match=r"correlations"):
-        pipeline.costs("activation", pipeline.CostView(torch.eye(3).double()), torch.tensor([0]))
+        planning.costs("activation", planning.CostView(torch.eye(3).double()), torch.tensor([0]))
     wait_for_room({}, 1)
 
 
@@ -281,9 +282,11 @@ def test_sequential_refits_are_least_squares_behind_the_compressed_prefix(fusion
 
 
 def test_errors_are_those_of_the_written_layers():
-    """On held-out text, each layer behind a dense prefix."""
+    """On held-out text, each layer behind a dense prefix; a sequential refit behind its own."""
     source = source_of(build(dtype=torch.float32))
     for one in pruned(source, *(f"prune-flap-{fusion}-r0.30" for fusion in FUSIONS)):
+        sequential = one.step.fusion.endswith("_sequential")
+        reading = child(source, one) if sequential else source.model
         assert [e["layer"] for e in one.layers] == [0, 1]
         for index, entry in enumerate(one.layers):
             found = {}
@@ -291,6 +294,11 @@ def test_errors_are_those_of_the_written_layers():
             hook = mlp.register_forward_hook(lambda _, a, y, f=found: f.update(x=a[0], y=y))
             with torch.no_grad():
                 source.model(source.heldout_NT)
+            hook.remove()
+            own = reading.model.layers[index].mlp
+            hook = own.register_forward_hook(lambda _, a, y, f=found: f.update(x=a[0]))
+            with torch.no_grad():
+                reading(source.heldout_NT)
             hook.remove()
             errors = []
             for state in (source.tensors | one.tensors, None):
@@ -317,14 +325,17 @@ def test_errors_and_prefixes_are_those_of_the_stored_precision(fusion):
     source = dataclasses.replace(source_of(model), tensors=stored)
     one = pruned(source, f"prune-flap-{fusion}-r0.30")[0]
     assert {tensor.dtype for tensor in one.tensors.values()} == {torch.bfloat16}
-    stream = LayerStream(model, source.heldout_NT, 3)
+    stream, behind = (LayerStream(model, source.heldout_NT, 3) for _ in range(2))
     for index, entry in enumerate(one.layers):
         small = read(one.tensors, index, source.config).to(torch.float32)
         parts, mlp = stream.attend(index), model.model.layers[index].mlp
+        seen = behind.attend(index)
+        pairs = list(zip(seen if fusion == "ridge_sequential" else parts, parts, strict=True))
         with torch.no_grad():
-            error = sum(float((small(x) - mlp(x)).double().square().sum()) for x in parts)
+            error = sum(float((small(a) - mlp(b)).double().square().sum()) for a, b in pairs)
         assert entry["error_fused"] == pytest.approx(error, rel=1e-6)
         stream.advance(mlp)
+        behind.advance(small)
     if fusion != "ridge_sequential":
         return
     wide = {name: tensor.float() for name, tensor in (stored | one.tensors).items()}
@@ -469,3 +480,24 @@ def test_keep_sets_ignore_the_fusion():
         for a, b in zip(one.selection.kept, chosen.kept, strict=True):
             assert torch.equal(a, b)
     assert set(TRANSPORTING) == {o.step.fusion for o in found if o.plans}
+
+
+@pytest.mark.parametrize(
+    "ends", ["", "-uniform", "-importance_to_uniform", "-uniform_to_importance"]
+)
+def test_a_partial_plan_moves_its_share_of_what_moves(ends):
+    """Kept channels stay where they are at no cost; of the rest the dearest stays behind."""
+    source = source_of(build(), transport={"mass": 0.6})
+    one = pruned(source, f"prune-flap-ot_mass-r0.30{ends}-partial")[0]
+    whole = pruned(source, f"prune-flap-ot_mass-r0.30{ends}")[0]
+    for index, plan in one.plans.items():
+        kept = one.selection.kept[index].tolist()
+        full = whole.plans[index]
+        a, b = full.sum(1), full.sum(0)
+        staying = np.minimum(a[kept], b).sum()
+        assert plan.sum() == pytest.approx(staying + 0.6 * (1 - staying), abs=1e-9)
+        own = plan.toarray()[kept, np.arange(len(kept))]
+        assert (own >= np.minimum(a[kept], b) - 1e-12).all()
+        assert (plan.sum(1) <= a + 1e-9).all() and (plan.sum(0) <= b + 1e-9).all()
+    if ends in ("", "-uniform"):  # kept channels have nothing above their targets
+        assert [e["mass_rescue"] for e in one.layers] == pytest.approx([0.6, 0.6])

@@ -13,15 +13,17 @@ from safetensors.torch import load_file
 
 from headroom.attention import replaced
 from headroom.checkpoints import Tensors, geometry, load_model, read_config, write_manifest
-from headroom.corpora.tokens import Stream, save_stream, windows
+from headroom.corpora.tokens import Stream, load_stream, save_stream, windows
 from headroom.errors import InputError
 from headroom.evaluation.cost import effective_parameters, sizes
 from headroom.evaluation.perplexity import score_documents
-from headroom.ffn import families, prune, tables
+from headroom.ffn import families, tables
+from headroom.ffn import sweep as job
 from headroom.ffn.gradients import measure_gradients
 from headroom.ffn.observe import calibration_windows, heldout_windows, measure_activations
-from headroom.ffn.prune import prune_checkpoint, pruned_in_groups, sweep
+from headroom.ffn.prune import prune_checkpoint
 from headroom.ffn.store import load_plan, save_plan
+from headroom.ffn.sweep import pruned_in_groups
 from headroom.recipes import FUSIONS, GRADIENT_SCORES, parse_recipe, parse_step
 
 from .small_ffns import VOCABULARY, build, logits, pruned, source_of, tokens, weight
@@ -65,7 +67,12 @@ class Study:
             name: write_stream(folder / f"{name}.safetensors", number)
             for number, name in enumerate(("calibration", "heldout", "evaluation"))
         }
+        self.inputs["documents"] = ""  # nothing else was seen
         self.statistics(0)
+
+    def sweep(self, steps, seed, state, halvings=0):
+        common = {"batch": 3, "halvings": halvings, "held": 1e9, "state": state}
+        return job.sweep(str(self.parent), steps, seed, self.inputs, SETTINGS, **common)
 
     def statistics(self, seed):
         """Measure the channels on the calibration windows of a seed."""
@@ -236,11 +243,11 @@ def test_a_sweep_scores_what_would_be_written(tmp_path, dtype):
     steps = ["prune-flap-drop-r0.30", "prune-flap-ridge-r0.50", "prune-flap-ot_mass-r0.30-uniform",
              "prune-flap-bias-g0.30", "prune-random-ot_ridge_sequential-r0.30",
              "prune-flap-ridge-r0.00"]  # fmt: skip
-    documents, layers, setting = sweep(
-        str(one.parent), steps, 2, one.inputs, SETTINGS, batch=3, halvings=0
-    )
+    state = tmp_path / "state"
+    state.mkdir()
+    documents, layers, setting = one.sweep(steps, 2, state)
     assert list(dict.fromkeys(documents.step)) == ["dense", *steps]
-    found = windows(prune.load_stream(one.inputs["evaluation"]), WINDOW)
+    found = windows(load_stream(one.inputs["evaluation"]), WINDOW)
     text = [part[:7] for part in found]
     for step in ["dense", *steps]:
         seeded = families.seeded(step, 2) if step != "dense" else ""
@@ -271,9 +278,49 @@ def test_a_sweep_scores_what_would_be_written(tmp_path, dtype):
         "tokens": 77,
     }
     assert set(tables.SETTING) <= set(setting)
-    halved = sweep(str(one.parent), steps[:3], 2, one.inputs, SETTINGS, batch=3, halvings=2)[0]
+    (tmp_path / "empty").mkdir()
+    halved = one.sweep(steps[:3], 2, tmp_path / "empty", halvings=2)[0]
     both = [t[t.step.isin(steps[:3])].nll.to_numpy() for t in (documents, halved)]
     np.testing.assert_allclose(*both, rtol=1e-5)
+
+
+def test_a_killed_sweep_goes_on_behind_its_finished_steps(tmp_path, monkeypatch):
+    one = Study(tmp_path / "sweep", build("llama"))
+    one.statistics(0)
+    steps = [f"prune-flap-{fusion}-r0.30" for fusion in ("drop", "ridge", "ot_mass")]
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole = one.sweep(steps, 0, tmp_path / "whole")
+    real, calls = job.score_documents, []
+
+    def dying(*arguments):
+        calls.append(1)
+        if len(calls) == 4:  # the dense model, two steps, then the end
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(job, "score_documents", dying)
+    with pytest.raises(KeyboardInterrupt):
+        one.sweep(steps, 0, tmp_path / "killed")
+    found = one.sweep(steps, 0, tmp_path / "killed")
+    assert len(calls) == 6, "the dense model and the one step that was not done"
+    for before, after in zip(whole[:2], found[:2], strict=True):
+        pd.testing.assert_frame_equal(before, after)
+
+
+def test_a_sweep_refuses_what_was_seen_and_what_the_family_can_not_hold(tmp_path):
+    one = Study(tmp_path / "sweep", build("qwen2"))
+    one.statistics(0)
+    with pytest.raises(InputError, match=r"^ffn\.prunes: fusion bias .*qwen2"):
+        one.sweep(["prune-flap-bias-r0.30"], 0, tmp_path)
+    for corpus in ("toy", "other"):
+        (tmp_path / corpus).mkdir()
+        texts = pd.DataFrame({"id": [f"{i}" for i in range(9)], "text": ["x"] * 9})
+        texts.to_parquet(tmp_path / corpus / "evaluation.parquet")
+    one.inputs["documents"] = str(tmp_path / "toy/evaluation.parquet")
+    one.inputs["seen"] = [str(tmp_path / "other/evaluation.parquet")]
+    with pytest.raises(InputError, match="toy are also in the evaluation split of corpus other"):
+        one.sweep(["prune-flap-drop-r0.30"], 0, tmp_path)
 
 
 def test_passes_hold_as_many_prunings_as_memory_does(monkeypatch):
@@ -286,14 +333,13 @@ def test_passes_hold_as_many_prunings_as_memory_does(monkeypatch):
     source = source.__class__(**{**vars(source), "tensors": Counted(source.tensors)})
     steps = [parse_step(f"prune-flap-{fusion}-r0.30") for fusion in FUSIONS]
     calls = []
-    real = prune.prune_model
+    real = job.prune_model
     monkeypatch.setattr(
-        prune, "prune_model", lambda s, part, p: calls.append(len(part)) or real(s, part, p)
+        job, "prune_model", lambda s, part, p: calls.append(len(part)) or real(s, part, p)
     )
     numbers = 2 * 3 * 16 * 24
     for held, wanted in ((8e9, [8]), (4 * numbers * 3.5, [3, 3, 2]), (1, [1] * 8)):
-        monkeypatch.setattr(prune, "HELD", held)
-        found = list(pruned_in_groups(source, steps))
+        found = list(pruned_in_groups(source, steps, held))
         assert calls == wanted and [one.step for one in found] == steps
         calls.clear()
 
@@ -303,7 +349,7 @@ def test_passes_hold_as_many_prunings_as_memory_does(monkeypatch):
 
 def test_calibration_windows_are_drawn_by_seed(study):
     path = study.inputs["calibration"]
-    stream = prune.load_stream(path).tokens
+    stream = load_stream(path).tokens
     one, same, other = (calibration_windows(path, WINDOW, 9, seed) for seed in (0, 0, 1))
     assert torch.equal(one, same) and not torch.equal(one, other) and one.dtype == torch.int64
     text = {tuple(stream[i : i + WINDOW].tolist()) for i in range(len(stream) - WINDOW + 1)}
@@ -385,7 +431,12 @@ def test_families_are_products_without_repeats():
         first += [f"prune-{score}-ot_mass-{r}{end}" for r in ("r0.10", "r0.30") for end in ends]
     rest = [f"prune-flap-ridge-{kind}0.50" for kind in "rga"]
     rest += [f"prune-flap-ot_ridge-r0.20-{solver}" for solver in ("sinkhorn", "partial")]
-    assert found == first + rest
+    wanted = first + rest
+    assert found[: len(wanted)] == wanted
+    needed = {f"prune-flap-ridge-{r}" for r in ("r0.10", "r0.20", "r0.30")}  # and every baseline
+    needed |= {f"prune-{s}-drop-{k}0.50" for s in ("random", "flap") for k in "rga"}
+    needed |= {f"prune-{s}-drop-r0.20" for s in ("random", "flap")}
+    assert sorted(found[len(wanted) :]) == sorted(needed)
     families.check(settings | {"saved": ["prune-flap-ridge-r0.30-s2"]})
 
 
@@ -427,9 +478,9 @@ def test_who_reads_gradients():
 def test_biases_are_for_llama(family):
     chain = parse_recipe("tiny+prune-flap-ridge-r0.30+prune-flap-bias-r0.10").steps
     shape = geometry(build(family).config.to_dict())
-    families.check_steps("tiny+x", chain[:1], shape)
+    families.check_family("recipe tiny+x", chain[:1], shape.family)
     if family == "llama":
-        families.check_steps("tiny+x", chain, shape)
+        families.check_family("recipe tiny+x", chain, shape.family)
         return
     with pytest.raises(InputError, match=rf"^recipe tiny\+x: fusion bias .*{family}.*llama\)$"):
-        families.check_steps("tiny+x", chain, shape)
+        families.check_family("recipe tiny+x", chain, shape.family)

@@ -85,11 +85,11 @@ def test_report_text():
     layers = [layer(1000, 3000, 1.0, 0.1, 1.0, 4.0), layer(3000, 1000, 0.8, 0.5, 5.0, 4.0)]
     text = report(layers, {"Model": "tiny", "Fusion": "ot_mass"})
     first = (
-        "Layer 00: Rescued 0.750 (75.0%) of the output that dropping loses, Transported 1.000"
-        " (100.0%) of pruned mass, Diluted 0.100 (10.0%) of kept channels"
+        "Layer 00: Rescued 0.750 (75.0%) of the squared error of dropping, Transported 1.000"
+        " (100.0%) of pruned mass, Diluted: 0.100 (10.0%) of a fused row from other channels"
     )
     assert text.splitlines()[0] == first
-    assert "Layer 01: Rescued -0.250 (-25.0%) of" in text
+    assert "Layer 01: Harmed (rescue -0.250: 1.25 times the squared error of dropping)" in text
     for line in (
         "RESCUE EFFECT SUMMARY REPORT",
         "  Model: tiny",
@@ -104,8 +104,8 @@ def test_report_text():
         "  Functional rescue - Range: [-0.2500, 0.7500]",
         "  Mass rescue - Mean: 0.9000, Std: 0.1000",
         "  Dilution ratio - Range: [0.1000, 0.5000]",
-        "  ~ Moderate rescue effect: 25.0% of what dropping loses is preserved",
-        "  ~ Moderate dilution cost: 20.0% of kept channels are diluted",
+        "  ~ Moderate rescue effect: 25.0% of the squared error of dropping is undone",
+        "  ~ Moderate dilution cost: 20.0% of a fused row comes from other channels",
     ):
         assert line in text.splitlines(), line
 
@@ -118,8 +118,8 @@ def test_report_with_what_there_is():
     assert "Layer 07: Transported" in blind and "✗ High dilution" in blind
     assert "unctional" not in blind and "rescue effect:" not in blind
     whole = report([layer(0, 4, None, 0.0, 0.0, 0.0), layer(2, 2, 1.0, 0.1, 3.0, 2.0)], {})
-    assert whole.startswith("Layer 00: nothing pruned\nLayer 01: Rescued -0.500")
-    assert "Limited rescue effect: -50.0% of what dropping loses is preserved; worse than" in whole
+    assert whole.startswith("Layer 00: nothing pruned\nLayer 01: Harmed (rescue -0.500: 1.5 times")
+    assert "Limited rescue effect: worse than dropping, 1.5 times its squared error" in whole
     assert "✓ Low dilution cost: 3.3%" in whole
     assert "Interpretation:\n  nothing measured" in report([{"pruned": 1, "kept": 1}], {})
     with pytest.raises(InputError, match="at least one layer"):
