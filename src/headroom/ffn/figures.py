@@ -30,6 +30,7 @@ POINTS = 200_000  # of a plan that are drawn
 TAKEN = 0.01  # share of its mass that a source gives to count as taken in
 LETTERS = 90  # of a title's line beside a legend
 LEGEND = 28  # letters of a legend's line
+NAMED = 22  # methods that a legend has room for
 FEW = 40  # as many bars a histogram shows singly
 
 
@@ -114,6 +115,10 @@ def perplexity_ratio(table: pd.DataFrame, setting: str):
         style = {"marker": "o", "linestyle": "none", "color": NEUTRAL, "markerfacecolor": "white"}
         axes[0, 0].plot([], [], **style, label="widths differ by layer\n(g global, a angular)")
     handles, labels = axes[0, 0].get_legend_handles_labels()
+    if len(labels) > NAMED:  # the best ones, at the end; all of them are in the table
+        more = len(labels) - NAMED
+        handles, labels = handles[-NAMED:], labels[-NAMED:]
+        title = f"{title}\n(the best; {more} more in the table)".strip()
     labels = [label if "\n" in label else fill(label, LEGEND) for label in labels]
     style = {"title": title, "fontsize": 9, "alignment": "left"}
     fig.legend(handles, labels, loc="outside right center", **style)

@@ -94,6 +94,16 @@ def test_looks_tell_every_method_from_the_others():
     assert shared == "unless named:\nflap, pushforward, cosine, exact"
 
 
+def test_a_crowded_legend_names_the_best_and_counts_the_rest():
+    scores = ("flap", "wanda_sp", "leverage", "magnitude", "random", "max", "std", "p95")
+    fusions = ("drop", "ot_mass", "ridge", "ot_ridge")
+    rows = made([f"{s}-{f}" for s in scores for f in fusions], ("r0.30",))
+    fig = figures.perplexity_ratio(rows, SETTING)
+    legend = fig.legends[0]
+    assert len(legend.get_texts()) == figures.NAMED < len(lines(fig.axes[0]))
+    assert f"{len(scores) * len(fusions) + 1 - figures.NAMED} more" in legend.get_title().get_text()
+
+
 def test_widths_by_layer_are_hollow_and_named_once(tmp_path):
     rows = made(["flap-drop", "flap-ot_mass"], ("r0.20", "r0.50", "g0.50", "a0.20"))
     fig = figures.perplexity_ratio(rows, SETTING)
