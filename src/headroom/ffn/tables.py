@@ -252,9 +252,9 @@ def as_html(
     return page(
         "Pruned FFN channels",
         f"<h2>Pruned FFN channels</h2><p><b>{summary(verdicts, bootstrap)}</b></p>",
-        f"<p>{describe(settings)}; {table.documents.iloc[0]} documents, {table.tokens.iloc[0]} "
-        f"tokens, boundary token: {setting['boundary']}. Perplexity is the geometric mean "
-        f"over calibration seeds, weighted by tokens; changes have {percent} intervals over "
+        f"<p>{describe(settings)}; {table.tokens.iloc[0]} predicted tokens, boundary token: "
+        f"{setting['boundary']}. Perplexity is the geometric mean over "
+        f"calibration seeds, weighted by tokens; changes have {percent} intervals over "
         f"documents and seeds. Parameters are effective ones.</p>",
         _shown(table).to_html(index=False, border=0, na_rep=""),
         "<h2>What beats its baseline?</h2><p>The same channels stay in both. A transport has to "
