@@ -15,5 +15,5 @@ from headroom.ffn.figures import transport_plan
 from headroom.ffn.store import load_plan
 
 plan, kept, scores, layer = load_plan(snakemake.input[0])
-title = f"{snakemake.wildcards.prune}, layer {layer}"
+title = f"{snakemake.wildcards.recipe}: {snakemake.wildcards.prune}, layer {layer}"
 plotting.save(transport_plan(plan, kept, scores, title), snakemake.output.png)

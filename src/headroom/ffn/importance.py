@@ -177,7 +177,7 @@ def widths(
     if sum(kept) < sum(map(len, scores)) == sum(found):
         raise InputError(
             f"config key ffn.multiple is {multiple}: at ratio {selection} every layer would keep "
-            f"all of its {channels} channels (allowed: at most {channels - min(kept)})"
+            f"all of its {channels} channels (allowed: a smaller one, 1 for none)"
         )
     return found
 

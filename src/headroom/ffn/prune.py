@@ -100,7 +100,9 @@ def prune_checkpoint(
         "heldout": len(source.heldout_NT),
     }
     write_json(Path(record["rescue"]), names | {"calibration": text, "layers": one.layers})
-    said = report(one.layers, {"model": Path(checkpoint).name, "step": step})
+    words = f"first {text['heldout']} windows of {window} tokens of the calibration corpus"
+    names = {"model": Path(checkpoint).name, "step": step, "held-out text": words}
+    said = report(one.layers, names)
     print(said, file=sys.stderr)
     Path(record["report"]).write_text(said)
     kept, scores = (

@@ -176,10 +176,10 @@ def _global_lines(pooled: dict) -> list[list[str]]:
     for title, label, key, meaning in wording:
         if (value := pooled[key]) is None:
             continue
-        said = f"  → {value:.2%} {meaning}"
+        share, said = f" ({value:.2%})", f"  → {value:.2%} {meaning}"
         if value < 0:
-            said = f"  → harm: {1 - value:.3g} times the squared error of dropping"
-        found.append([f"{title}:", f"  {label}: {value:.4f} ({value:.2%})", said])
+            share, said = "", f"  → harm: {1 - value:.3g} times the squared error of dropping"
+        found.append([f"{title}:", f"  {label}: {value:.4f}{share}", said])
     return found
 
 
@@ -193,7 +193,7 @@ def _spread_lines(rows: list[dict]) -> list[str]:
         values = [row[key] for row in rows if row["pruned"] and row.get(key) is not None]
         if values:
             lines += [
-                f"  {label} - Mean: {np.mean(values):.4f}, Std: {np.std(values):.4f}",
+                f"  {label} - Mean: {np.mean(values):.4f}, Std over layers: {np.std(values):.4f}",
                 f"  {label} - Range: [{min(values):.4f}, {max(values):.4f}]",
             ]
     return lines or ["  nothing measured"]
@@ -205,10 +205,12 @@ def _interpretation(pooled: dict) -> list[str]:
     lines = []
     if (rescue := pooled["functional"]) is not None:
         verdict = rescue_verdict(rescue)
-        meaning = f"{rescue:.1%} of the squared error of dropping is undone"
+        said = (
+            f"{verdict.capitalize()} rescue effect: {rescue:.1%} of the squared error of dropping"
+        )
         if rescue < 0:
-            meaning = f"worse than dropping, {1 - rescue:.3g} times its squared error"
-        lines.append(f"  {marks[verdict]} {verdict.capitalize()} rescue effect: {meaning}")
+            said = f"Harmful: {1 - rescue:.3g} times the squared error of dropping"
+        lines.append(f"  {marks[verdict]} {said}{' is undone' if rescue >= 0 else ''}")
     if (diluted := pooled["dilution"]) is not None:
         verdict = dilution_verdict(diluted)
         lines.append(

@@ -72,6 +72,7 @@ def sweep(
     layers, documents = (_kept(state, steps, name) for name in TABLES)
     whole = _sized(dense, source, {}, source.config).assign(step=DENSE)
     setting = _setting(settings, stream, dense, len(text[0]))
+    setting["heldout"] = list(source.heldout_NT.shape)  # what functional rescue is measured on
     return pd.concat([whole, documents], ignore_index=True), layers, setting
 
 

@@ -31,6 +31,11 @@ SHOWN = {
     "seeds": "seeds",
 }
 CHANGES = tuple(f"perplexity_change_percent{end}" for end in ("", "_low", "_high"))
+ENOUGH = 10  # documents that an interval over them needs to say something
+FEW = (
+    "Only {} documents were read: intervals over so few say little "
+    "(evaluation.choice: spread, or more evaluation.sequences, reads more)."
+)
 SIGN = {"better": 1, "worse": -1}
 
 
@@ -126,6 +131,16 @@ def describe(settings: Mapping[int, Mapping]) -> str:
     )
 
 
+def describe_heldout(settings: Mapping[int, Mapping]) -> str:
+    """Return in words what functional rescue is measured on."""
+    count, window = one_setting(settings)["heldout"]
+    names = ", ".join(map(str, sorted(settings)))
+    return (
+        f"first {count} held-out windows of {window} tokens of the calibration corpus, "
+        f"calibration seeds {names}"
+    )
+
+
 def table(
     documents: Mapping[int, pd.DataFrame],
     settings: Mapping[int, Mapping],
@@ -218,7 +233,7 @@ def without_baseline(steps: Iterable[str]) -> list[str]:
     return [step for step in known if (other := baseline(step)) and other not in known]
 
 
-def summary(verdicts: pd.DataFrame, bootstrap: Mapping) -> str:
+def summary(verdicts: pd.DataFrame, bootstrap: Mapping, documents: int) -> str:
     """Return in a sentence or two how many transports beat their baseline."""
     of = verdicts[[transports(step_fields(step)["fusion"]) for step in verdicts.step]]
     if of.empty:
@@ -233,6 +248,7 @@ def summary(verdicts: pd.DataFrame, bootstrap: Mapping) -> str:
         f"{open_} undecided. By chance alone, about {chance:.1f} of as many intervals would favour "
         f"it. Each comparison rests on {seeds}{'' if fewest == 1 else 's'}"
         + (", too few to tell a method from its calibration text." if fewest == 1 else ".")
+        + (f" {FEW.format(documents)}" if documents < ENOUGH else "")
     )
 
 
@@ -249,9 +265,10 @@ def as_html(
     """
     setting = one_setting(settings)
     percent = f"{100 * bootstrap['confidence']:g} %"
+    finding = summary(verdicts, bootstrap, table.documents.iloc[0])
     return page(
         "Pruned FFN channels",
-        f"<h2>Pruned FFN channels</h2><p><b>{summary(verdicts, bootstrap)}</b></p>",
+        f"<h2>Pruned FFN channels</h2><p><b>{finding}</b></p>",
         f"<p>{describe(settings)}; {table.tokens.iloc[0]} predicted tokens, boundary token: "
         f"{setting['boundary']}. Perplexity is the geometric mean over "
         f"calibration seeds, weighted by tokens; changes have {percent} intervals over "

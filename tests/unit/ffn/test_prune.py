@@ -276,6 +276,7 @@ def test_a_sweep_scores_what_would_be_written(tmp_path, dtype):
         "dtype": "float32",
         "documents": len(dense),
         "tokens": 77,
+        "heldout": [4, WINDOW],
     }
     assert set(tables.SETTING) <= set(setting)
     (tmp_path / "empty").mkdir()

@@ -100,9 +100,9 @@ def test_report_text():
         "  Functional rescue: 0.2500 (25.00%)",  # 1 − 6/8
         "  Mass rescue: 0.8500 (85.00%)",  # (1000 + .8 · 3000) / 4000
         "  Dilution ratio: 0.2000 (20.00%)",  # (.1 · 3000 + .5 · 1000) / 4000
-        "  Functional rescue - Mean: 0.2500, Std: 0.5000",
+        "  Functional rescue - Mean: 0.2500, Std over layers: 0.5000",
         "  Functional rescue - Range: [-0.2500, 0.7500]",
-        "  Mass rescue - Mean: 0.9000, Std: 0.1000",
+        "  Mass rescue - Mean: 0.9000, Std over layers: 0.1000",
         "  Dilution ratio - Range: [0.1000, 0.5000]",
         "  ~ Moderate rescue effect: 25.0% of the squared error of dropping is undone",
         "  ~ Moderate dilution cost: 20.0% of a fused row comes from other channels",
@@ -119,7 +119,7 @@ def test_report_with_what_there_is():
     assert "unctional" not in blind and "rescue effect:" not in blind
     whole = report([layer(0, 4, None, 0.0, 0.0, 0.0), layer(2, 2, 1.0, 0.1, 3.0, 2.0)], {})
     assert whole.startswith("Layer 00: nothing pruned\nLayer 01: Harmed (rescue -0.500: 1.5 times")
-    assert "Limited rescue effect: worse than dropping, 1.5 times its squared error" in whole
+    assert "✗ Harmful: 1.5 times the squared error of dropping" in whole
     assert "✓ Low dilution cost: 3.3%" in whole
     assert "Interpretation:\n  nothing measured" in report([{"pruned": 1, "kept": 1}], {})
     with pytest.raises(InputError, match="at least one layer"):

@@ -12,6 +12,7 @@ BOOTSTRAP = {"resamples": 300, "confidence": 0.95, "seed": 0}
 TOKENS = np.random.default_rng(1).integers(50, 200, 40)
 SETTING = {
     "documents": 40,
+    "heldout": [16, 128],
     "choice": "first",
     "corpus": "docs",
     "split": "evaluation",
@@ -226,12 +227,12 @@ def test_one_seed_decides_but_is_told():
     documents = swept(seeds=1)
     found = verdicts(documents, BOOTSTRAP)
     assert found.set_index("step").loc[MASS, "verdict"] == "better" and (found.seeds == 1).all()
-    assert "1 calibration seed, too few" in summary(found, BOOTSTRAP)
+    assert "1 calibration seed, too few" in summary(found, BOOTSTRAP, 40)
 
 
 def test_nothing_to_compare_is_said():
     documents = swept({DROP: 0.4})
     found = verdicts(documents, BOOTSTRAP)
-    assert found.empty and "No transport was compared" in summary(found, BOOTSTRAP)
+    assert found.empty and "No transport was compared" in summary(found, BOOTSTRAP, 40)
     rows = table(documents, SETTINGS, BOOTSTRAP)
     assert "No transport" in as_html(rows, found, SETTINGS, BOOTSTRAP)
