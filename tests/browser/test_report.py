@@ -16,7 +16,8 @@ PICTURES = {
     ("Attention heads", "Merging"): 6,
     ("Attention heads", "Cost"): 1,
     ("FFN channels", "Pruning"): 1,
-    ("FFN channels", "Transport"): 2,
+    ("FFN channels", "Transport"): 1,
+    ("FFN channels", "Transport plan"): 1,
 }
 
 

@@ -217,7 +217,7 @@ rule plan_figure:
         png=ffn_shown(
             "figures/plan_{prune}.png",
             "ffn_plan",
-            "Transport",
+            "Transport plan",
             "transport plan",
             step="{prune}",
         ),

@@ -6,7 +6,10 @@ FFN_STEPS = ffn_families.steps(config["ffn"])
 
 
 def ffn_shown(name, caption, subcategory, figure, **labels):
-    """A figure or table of the study that the report shows."""
+    """A figure or table of the study that the report shows.
+
+    All of a subcategory need the same labels: the report's page goes blank otherwise.
+    """
     return report(
         f"results/ffn/{{recipe}}/{name}",
         caption=f"../report/{caption}.rst",
