@@ -138,6 +138,16 @@ class Prune:
         """Return what an argument means where it may be left out."""
         return getattr(self, name) or self.defaults[name]
 
+    @property
+    def transports(self) -> bool:
+        """Whether pruned channels are moved by a transport plan."""
+        return self.fusion.startswith("ot_")
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing goes: ratio 0, the parent bit for bit."""
+        return float(self.ratio[1:]) == 0
+
     def check(self) -> None:
         """Refuse combinations that mean nothing and second names for one thing."""
         text = format_step(self)
@@ -149,7 +159,7 @@ class Prune:
         for name, default in self.defaults.items():
             if getattr(self, name) == default:
                 raise InputError(f"recipe step {text!r}: leave out the default {name} {default}")
-            if name != "seed" and getattr(self, name) and not self.fusion.startswith("ot_"):
+            if name != "seed" and getattr(self, name) and not self.transports:
                 raise InputError(
                     f"recipe step {text!r}: fusion {self.fusion} transports nothing, so it takes "
                     f"no {name}"

@@ -33,7 +33,7 @@ def ffn_targets():
         targets += [
             f"results/ffn/{recipe}/figures/plan_{step}.png"
             for step in saved
-            if parse_step(step).fusion.startswith("ot_")
+            if parse_step(step).transports
         ]
     return targets
 

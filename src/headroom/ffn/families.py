@@ -51,7 +51,7 @@ def _family(family: dict, ratios: list[float]) -> list[str]:
     found = []
     for score, fusion, selection in product(family["scores"], family["fusions"], selections):
         plain = Prune(score, fusion, selection)
-        if not fusion.startswith("ot_"):
+        if not plain.transports:
             found.append(format_step(plain))
             continue
         for chosen in product(*(family[name] for name in TRANSPORTS)):
@@ -83,7 +83,7 @@ def baseline(step: str) -> str | None:
     """
     if step == DENSE or (parsed := parse_step(step)).fusion == "drop":
         return None
-    refits = parsed.fusion.startswith("ot_") and parsed.fusion.removesuffix(SEQUENTIAL) in REFITS
+    refits = parsed.transports and parsed.fusion.removesuffix(SEQUENTIAL) in REFITS
     fusion = parsed.fusion.removeprefix("ot_") if refits else "drop"
     return format_step(Prune(parsed.score, fusion, parsed.ratio))
 
@@ -95,9 +95,8 @@ def seeded(step: str, seed: int) -> str:
 
 def reads_gradients(step: Prune) -> bool:
     """Say whether a step needs the gradients' statistics."""
-    transports = step.fusion.startswith("ot_")
     return step.score in GRADIENT_SCORES or (
-        transports and needs_gradients(step.resolved("strategy"))
+        step.transports and needs_gradients(step.resolved("strategy"))
     )
 
 

@@ -78,8 +78,8 @@ def prune_model(
         for number, one in enumerate(found):
             behind = [stream.attend(index) for stream in own.get(number, ())]
             seen, judged = behind or (None, None)
-            carried = one.step.fusion.startswith("ot_")
-            transport = transports.get((plan_key(one.step), index)) if carried else None
+            place = (plan_key(one.step), index)
+            transport = transports.get(place) if one.step.transports else None
             small = _prune_layer(source, one, index, layer, transport, seen)
             one.layers.append(_entry(one, index, layer, transport, small, judge, judged))
             for stream in own.get(number, ()):
@@ -107,7 +107,7 @@ def _selected(source: Source, steps: Sequence[Prune]) -> list[Pruned]:
 
 def _config(config: Mapping, step: Prune, width: int) -> dict:
     """Return the ``config.json`` of the pruned checkpoint."""
-    if float(step.ratio[1:]) == 0:
+    if step.keeps_all:
         return dict(config)
     new = {**config, "intermediate_size": width}
     if step.fusion == "bias":
@@ -159,12 +159,12 @@ class LayerJudge:
     def error_of_dropping(self, kept_k: Tensor, seen: Sequence[Tensor] | None = None) -> float:
         """Return the error of keeping K and nothing else; of dense inputs once a keep set."""
         key = kept_k.numpy().tobytes()
-        if seen is not None or key not in self.dropped:
-            small = self.dense.pick(kept_k.to(self.dense.gate_nD.device))
-            if seen is not None:
-                return self.error(small, seen)
-            self.dropped[key] = self.error(small)
-        return self.dropped[key]
+        if seen is None and key in self.dropped:
+            return self.dropped[key]
+        error = self.error(self.dense.pick(kept_k.to(self.dense.gate_nD.device)), seen)
+        if seen is None:
+            self.dropped[key] = error
+        return error
 
 
 def _entry(

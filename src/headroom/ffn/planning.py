@@ -31,9 +31,7 @@ def plan_layers(source: Source, prunings: Sequence[Pruned]) -> dict[tuple, Trans
     each holds n × k numbers. Only the costs in ``ACTIVATION_COSTS`` read text.
     """
     wanted = {
-        plan_key(one.step): one
-        for one in prunings
-        if one.step.fusion.startswith("ot_") and not one.unchanged
+        plan_key(one.step): one for one in prunings if one.step.transports and not one.unchanged
     }
     if not wanted:
         return {}

@@ -74,7 +74,7 @@ class Pruned:
     @property
     def unchanged(self) -> bool:
         """Whether nothing goes, so that the parent's tensors stay bit for bit."""
-        return float(self.step.ratio[1:]) == 0
+        return self.step.keeps_all
 
 
 def _live(values: Tensor, live_m: Tensor) -> Tensor:
