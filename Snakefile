@@ -19,6 +19,8 @@ include: "workflow/rules/heads_inputs.smk"
 include: "workflow/rules/heads.smk"
 include: "workflow/rules/ffn_inputs.smk"
 include: "workflow/rules/ffn.smk"
+include: "workflow/rules/gates_inputs.smk"
+include: "workflow/rules/gates.smk"
 
 
 report: "workflow/report/workflow.rst"
@@ -28,6 +30,7 @@ localrules:
     all,
     heads,
     ffn,
+    gates,
     evaluations,
 
 
@@ -36,6 +39,7 @@ rule all:
     input:
         heads_targets(),
         ffn_targets(),
+        gates_targets(),
         evaluation_targets(),
 
 
@@ -47,6 +51,11 @@ rule heads:
 rule ffn:
     input:
         ffn_targets(),
+
+
+rule gates:
+    input:
+        gates_targets(),
 
 
 rule evaluations:

@@ -34,6 +34,9 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "source.spm",  # Marian's, one a language
+    "target.spm",
+    "target_vocab.json",
 )
 
 
@@ -167,7 +170,7 @@ class Tensors:
         check_manifest(self.folder)
         self.shards: dict[str, str]
         if (self.folder / INDEX).is_file():
-            self.shards = _read_index(self.folder)
+            self.shards = read_index(self.folder)
         elif (self.folder / "model.safetensors").is_file():
             with self._open("model.safetensors") as file:
                 self.shards = dict.fromkeys(file.keys(), "model.safetensors")
@@ -205,7 +208,7 @@ class Tensors:
         return found
 
 
-def _read_index(folder: Path) -> dict[str, str]:
+def read_index(folder: Path) -> dict[str, str]:
     """Return the shard of each tensor by a checkpoint's index.
 
     Raises:
@@ -325,69 +328,3 @@ def check_manifest(folder: str | os.PathLike, hashes: bool = False) -> None:
             raise InputError(
                 f"{path} is damaged ({found}); make it anew: snakemake --cores all -R {folder}"
             )
-
-
-def import_checkpoint(source: dict, name: str, output: Path) -> str | None:
-    """Fill a folder with links to the files of a checkpoint on disk or on the hub.
-
-    Links inside a real folder: sixteen gigabytes are not copied, and the folder is an artifact like
-    any other.
-
-    Args:
-        source: ``path``, or ``hub`` and ``revision`` (HF_TOKEN and HF_HOME as everywhere).
-        name: the checkpoint's name in the configuration, for messages.
-        output: an empty folder.
-
-    Returns:
-        The commit that a hub's revision stood for; None of a folder.
-
-    Raises:
-        InputError: if it can't be fetched, lacks a shard, or holds no safetensors.
-    """
-    if "hub" in source:
-        folder = _fetch(source, name)
-    else:
-        folder = Path(source["path"]).expanduser().resolve()
-    # Of the weights only those that are read: repositories hold them a second time under other
-    # names (consolidated.safetensors, model.fp16.safetensors).
-    indexed = (folder / INDEX).is_file()
-    shards = set(_read_index(folder).values()) if indexed else {"model.safetensors"}
-    wanted = {"config.json", "generation_config.json", *TOKENIZER_FILES, *shards}
-    for file in sorted(folder.iterdir()):
-        if file.name in wanted or (indexed and file.name == INDEX):
-            (output / file.name).symlink_to(file.resolve())
-    missing = sorted(shard for shard in shards if not (output / shard).is_file())
-    if missing and indexed:
-        raise InputError(f"config key checkpoints.{name}: {folder} lacks {', '.join(missing)}")
-    if missing:
-        raise InputError(
-            f"config key checkpoints.{name}: {folder} holds no .safetensors to read (allowed: "
-            f"model.safetensors, or shards with an index; pickled weights such as .bin can run "
-            f"code and are not opened: save the model with safe_serialization)"
-        )
-    geometry(read_config(output), f"config key checkpoints.{name}")
-    write_manifest(output)
-    return folder.name if "hub" in source else None  # a snapshot's folder is named by its commit
-
-
-def _fetch(source: dict, name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-    unread = ["consolidated*", "*/*"]  # the same weights again, in other layouts
-    try:
-        return Path(
-            snapshot_download(
-                source["hub"],
-                revision=source["revision"],
-                allow_patterns=wanted,
-                ignore_patterns=unread,
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"config key checkpoints.{name}.hub: {source['hub']} can't be fetched ({reason}); is "
-            f"the id right, the network there, and HF_TOKEN set where the model is gated?"
-        ) from None

@@ -11,10 +11,12 @@ from pathlib import Path
 from headroom.checkpoints import POSITIONS, Geometry, geometry, read_config
 from headroom.configuration import filled, load_schema
 from headroom.corpora.documentation import installed_version
+from headroom.corpora.forms import check_locales
 from headroom.errors import InputError
 from headroom.ffn import families as ffn_families
+from headroom.gates import families as gate_families
 from headroom.heads import families
-from headroom.recipes import Recipe, format_step, parse_recipe
+from headroom.recipes import TRANSLATOR_STEPS, Recipe, format_step, parse_recipe
 
 STUDIES = ("heads", "ffn")  # those that are made of a checkpoint and calibration text
 WINDOW = 1024  # tokens of a window where the configuration names none
@@ -27,6 +29,8 @@ def load(config: dict, schema: Path) -> dict:
         InputError: one line that names the key, what was given and what is allowed.
     """
     full = filled(config, load_schema(schema))
+    if not full["checkpoints"] and not full["translators"]:
+        raise InputError("config needs checkpoints or translators: there is no model to study")
     first = next(iter(full["corpora"]))
     full["evaluation"].setdefault("corpora", [first])
     for study in STUDIES:
@@ -40,6 +44,7 @@ def load(config: dict, schema: Path) -> dict:
     _complete_windows(full)
     families.check(full["heads"])
     ffn_families.check(full["ffn"])
+    _complete_translators(full)
     for recipe in all_recipes(full):
         check_recipe(recipe, full)
     _check_controls(full)
@@ -68,6 +73,68 @@ def _complete_corpus(name: str, corpus: dict) -> None:
                 package: installed_version(package, f"corpora.{key}.packages")
                 for package in source["packages"]
             }
+
+
+def _complete_translators(config: dict) -> None:
+    """Check sentence pairs and translators, fill in what they leave out."""
+    gates, pairs = config["gates"], config["pairs"]
+    gates.setdefault("translators", list(config["translators"]))
+    gate_families.check(gates)
+    for name in gates["translators"]:
+        if name not in config["translators"]:
+            known = ", ".join(config["translators"])
+            raise InputError(
+                f"config key gates.translators: {name} is not among translators ({known})"
+            )
+    for name, source in pairs.items():
+        _complete_pairs(name, source)
+    for name, source in config["translators"].items():
+        chosen = source.setdefault("pairs", next(iter(pairs), "(none)"))
+        if chosen not in pairs:
+            raise InputError(
+                f"config key translators.{name}.pairs: {chosen} is not among pairs "
+                f"({', '.join(pairs) or 'none are given'})"
+            )
+        if name in config["checkpoints"]:
+            raise InputError(
+                f"config key translators.{name}: checkpoints has the same name (allowed: another)"
+            )
+        _check_translator(name, source, gates)
+
+
+def _complete_pairs(name: str, source: dict) -> None:
+    """Find the files of sentence pairs, note the versions of the packages that make phrases."""
+    for split, files in source.get("path", {}).items():
+        source["path"][split] = [
+            file for part in files for file in _files(f"pairs.{name}.path.{split}", part)
+        ]
+    if "cldr" in source:
+        check_locales(source["cldr"]["locales"], f"pairs.{name}.cldr.locales")
+        source["versions"] = {
+            package: installed_version(package, f"pairs.{name}.cldr")
+            for package in ("babel", "num2words")
+        }
+
+
+def _check_translator(name: str, source: dict, gates: dict) -> None:
+    if "train" in source:
+        train = source["train"]
+        if train["hidden"] % (2 * train["heads"]):
+            raise InputError(
+                f"config key translators.{name}.train: hidden {train['hidden']} is not a multiple "
+                f"of twice heads {train['heads']}"
+            )
+        known = gate_families.marian_config(train)
+    elif "path" in source:
+        folder = Path(source["path"]).expanduser()
+        if not folder.is_dir():
+            raise InputError(f"config key translators.{name}.path: there is no folder {folder}")
+        if not (folder / "config.json").is_file():
+            raise InputError(f"config key translators.{name}.path: {folder} has no config.json")
+        source["path"], known = str(folder), read_config(folder)
+    else:
+        return  # what a hub holds is known in the job that fetches it
+    gate_families.check_translator(name, gates, known)
 
 
 def _files(key: str, patterns: str | list[str]) -> list[str]:
@@ -191,6 +258,12 @@ def check_recipe(name: str, config: dict) -> None:
     if recipe.base not in config["checkpoints"]:
         known = ", ".join(config["checkpoints"])
         raise InputError(f"recipe {name}: {recipe.base} is not among checkpoints ({known})")
+    for step in recipe.steps:
+        if step.verb in TRANSLATOR_STEPS:
+            raise InputError(
+                f"recipe {name}: step {format_step(step)} is for translators, {recipe.base} is a "
+                f"decoder (allowed: merge, remove, prune)"
+            )
     sizes = base_geometry(recipe.base, config)
     if sizes is not None:
         families.check_budgets(name, recipe.steps, sizes)

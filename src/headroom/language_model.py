@@ -109,7 +109,7 @@ def train_language_model(
 
     plan = Plan(steps=steps, micro_batch=settings["batch"], halvings=halvings)
     schedule = warmup_cosine(steps, settings["warmup"])
-    log = train(model, optimizer, schedule, batches, loss_sum, plan, state)
+    log = train(model, optimizer, schedule, batches, loss_sum, plan, state).log
     model.eval().save_pretrained(output)
     for name in TOKENIZER_FILES:
         if (Path(tokenizer) / name).is_file():

@@ -24,6 +24,7 @@ SCORES = registry_names("headroom.heads.importance", "SCORES")
 THRESHOLD, QUANTILE = r"t[01]\.\d+", r"q0\.\d+"
 BUDGET = r"b(?:[1-9]\d*x[1-9]\d*|0\.\d+)"
 CONTROL = r"random\d+|dissimilar"
+SEED = r"s\d+"
 CHANNEL_SCORES = registry_names("headroom.ffn.importance", "SCORES")
 GRADIENT_SCORES = registry_names("headroom.ffn.importance", "GRADIENT_SCORES")
 REFITS = registry_names("headroom.ffn.fusion", "START")
@@ -43,6 +44,8 @@ COSTS = (
     *registry_names("headroom.ffn.transport", "ACTIVATION_COSTS"),
 )
 SOLVERS = registry_names("headroom.ffn.transport", "SOLVERS")
+HEAD_CHOICES = (*registry_names("headroom.gates.importance", "CHOICES"), "scratch")
+PENALTIES = registry_names("headroom.gates.hard_concrete", "PENALTIES")
 NAME_BYTES = 200  # a folder's name may have 255 bytes; logs and temporary names need the rest
 
 
@@ -118,7 +121,7 @@ class Prune:
         ),
         "cost": "|".join(COSTS),
         "solver": "|".join(SOLVERS),
-        "seed": r"s\d+",
+        "seed": SEED,
     }
     defaults: ClassVar[dict[str, str]] = {
         "strategy": "pushforward",
@@ -164,12 +167,72 @@ class Prune:
                     f"recipe step {text!r}: fusion {self.fusion} transports nothing, so it takes "
                     f"no {name}"
                 )
-        if re.fullmatch(r"s0\d+", self.seed):
-            raise InputError(f"recipe step {text!r}: write s{int(self.seed[1:])}")
+        _check_seed(self)
 
 
-STEPS = {step.verb: step for step in (Merge, Remove, Prune)}
-Step = Merge | Remove | Prune
+@dataclass(frozen=True)
+class Gate:
+    """Train hard-concrete gates on a translator's heads and remove those that close.
+
+    ``l0.05``: charged λ a layer's mean open probability; ``k6``: until six heads are left.
+    """
+
+    verb: ClassVar[str] = "gate"
+    pattern: ClassVar[dict[str, str]] = {"strength": r"l\d+\.\d+|k\d+", "seed": SEED}
+    defaults: ClassVar[dict[str, str]] = {"seed": "s0"}
+    strength: str
+    seed: str = ""
+
+    def resolved(self, name: str) -> str:
+        """Return what an argument means where it may be left out."""
+        return getattr(self, name) or self.defaults[name]
+
+    def check(self) -> None:
+        """Refuse second names for one thing."""
+        _check_seed(self)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Keep as many of a translator's heads, chosen otherwise, and train as long: the controls.
+
+    All start from the translator but ``scratch``: from random weights with the heads that
+    ``gate-k{n}`` kept.
+    """
+
+    verb: ClassVar[str] = "mask"
+    pattern: ClassVar[dict[str, str]] = {
+        "choice": "|".join(HEAD_CHOICES),
+        "count": r"k\d+",
+        "seed": SEED,
+    }
+    defaults: ClassVar[dict[str, str]] = {"seed": "s0"}
+    choice: str
+    count: str
+    seed: str = ""
+
+    def resolved(self, name: str) -> str:
+        """Return what an argument means where it may be left out."""
+        return getattr(self, name) or self.defaults[name]
+
+    def check(self) -> None:
+        """Refuse second names for one thing."""
+        _check_seed(self)
+
+
+def _check_seed(step: "Step") -> None:
+    """Refuse a seed that is written out where it is the default, or with leading zeros."""
+    text = format_step(step)
+    if step.seed == step.defaults["seed"]:
+        raise InputError(f"recipe step {text!r}: leave out the default seed {step.seed}")
+    if re.fullmatch(r"s0\d+", step.seed):
+        raise InputError(f"recipe step {text!r}: write s{int(step.seed[1:])}")
+
+
+STEPS = {step.verb: step for step in (Merge, Remove, Prune)}  # done to a decoder
+TRANSLATOR_STEPS = {step.verb: step for step in (Gate, Mask)}  # done to an encoder-decoder, once
+ALL_STEPS = STEPS | TRANSLATOR_STEPS
+Step = Merge | Remove | Prune | Gate | Mask
 
 
 @dataclass(frozen=True)
@@ -206,9 +269,15 @@ def step_regex(kind: type[Step]) -> str:
     return kind.verb + "".join(parts)
 
 
+def translator_regex(bases: list[str]) -> str:
+    """Return the regular expression of every recipe over the given translators."""
+    base = "|".join(re.escape(name) for name in sorted(bases)) or "-"
+    return rf"(?:{base})(?:\+(?:{'|'.join(map(step_regex, TRANSLATOR_STEPS.values()))}))?"
+
+
 def recipe_regex(bases: list[str]) -> str:
     """Return the regular expression of every recipe over the given base checkpoints."""
-    base = "|".join(re.escape(name) for name in sorted(bases))
+    base = "|".join(re.escape(name) for name in sorted(bases)) or "-"
     steps = "|".join(step_regex(kind) for kind in STEPS.values())
     return rf"(?:{base})(?:\+(?:{steps}))*"
 
@@ -220,9 +289,10 @@ def parse_step(text: str) -> Step:
         InputError: naming the argument that is wrong and what is allowed.
     """
     verb, *arguments = text.split("-")
-    if verb not in STEPS:
-        raise InputError(f"recipe step {text!r}: {verb!r} is unknown (allowed: {sorted(STEPS)})")
-    kind = STEPS[verb]
+    if verb not in ALL_STEPS:
+        allowed = ", ".join(sorted(ALL_STEPS))
+        raise InputError(f"recipe step {text!r}: {verb!r} is unknown (allowed: {allowed})")
+    kind = ALL_STEPS[verb]
     step = kind(**_assigned(kind, arguments, text))
     for field in fields(kind):
         _check_number(field.name, getattr(step, field.name), text)
@@ -258,11 +328,14 @@ def _assigned(kind: type[Step], arguments: list[str], text: str) -> dict[str, st
 
 def _check_number(name: str, value: str, text: str) -> None:
     """Refuse a second spelling of a number and shares above 1."""
-    number = re.fullmatch(r"([tqbrga])([01]\.\d+)", value)
-    if number and canonical(float(number[2])) != number[2]:
-        spelling = number[1] + canonical(float(number[2]))
+    number = re.fullmatch(r"([tqbrgal])(\d+\.\d+)", value) or re.fullmatch(r"(k)(\d+)", value)
+    if not number:
+        return
+    shape = str(int(number[2])) if number[1] == "k" else canonical(float(number[2]))
+    if shape != number[2]:
+        spelling = number[1] + shape
         raise InputError(f"recipe step {text!r}: write {spelling}, not {value} (one name a file)")
-    if number and float(number[2]) > 1:
+    if number[1] not in "lk" and float(number[2]) > 1:
         raise InputError(f"recipe step {text!r}: {name} {value!r} is above 1")
 
 
@@ -279,4 +352,9 @@ def parse_recipe(name: str) -> Recipe:
         )
     if len(name.encode()) > NAME_BYTES:
         raise InputError(f"recipe {name!r}: longer than {NAME_BYTES} bytes; use fewer steps")
-    return Recipe(base, tuple(map(parse_step, steps)))
+    parsed = tuple(map(parse_step, steps))
+    if len(parsed) > 1 and any(step.verb in TRANSLATOR_STEPS for step in parsed):
+        raise InputError(
+            f"recipe {name!r}: {' and '.join(TRANSLATOR_STEPS)} are done to a translator, once"
+        )
+    return Recipe(base, parsed)

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,9 @@ MOST_HALVINGS = 3
 
 Schedule = Callable[[int], float]  # step, from 0 -> factor of the peak learning rate
 Batches = Callable[[int], Sequence]  # step -> the samples of its global batch
-LossSum = Callable[[nn.Module, Sequence], tuple[Tensor, int]]  # -> Σ nll, valid tokens
+# -> Σ loss and valid tokens of a micro-batch, and maybe other sums by name for the log.
+LossSum = Callable[[nn.Module, Sequence], tuple[Tensor, int] | tuple[Tensor, int, dict]]
+Watch = Callable[[int], dict | None]  # steps done -> what to note of the run, if anything
 
 
 class DivergedError(RuntimeError):
@@ -47,6 +49,19 @@ def inverse_sqrt(warmup: int) -> Schedule:
     return lambda step: min((step + 1) / max(1, warmup), math.sqrt(max(1, warmup) / (step + 1)))
 
 
+def noam(width: int, warmup: int, step_factor: float = 1.0) -> Schedule:
+    """Return width^−½ · min(s^−½, s · warmup^−1.5), s = step_factor · steps begun.
+
+    Vaswani et al. 2017, equation 3; the peak is at step warmup / step_factor.
+    """
+
+    def factor(step: int) -> float:
+        s = step_factor * (step + 1)
+        return width**-0.5 * min(s**-0.5, s * max(1, warmup) ** -1.5)
+
+    return factor
+
+
 def constant(step: int) -> float:
     """Return 1: the peak rate at every step."""
     return 1.0
@@ -56,12 +71,12 @@ def constant(step: int) -> float:
 class Plan:
     """How long and in what portions to train.
 
-    ``micro_batch`` samples go through the model at once; their gradients add up to those of the
-    global batch whatever its size, because sums are divided by the global batch's valid tokens.
+    ``micro_batch`` samples go through the model at once (None: all of a step's); their gradients
+    add up to those of the global batch, because sums are divided by that one's valid tokens.
     """
 
     steps: int
-    micro_batch: int
+    micro_batch: int | None = None
     clip: float = 1.0  # largest norm of all gradients together
     save_seconds: float = 30.0
     log_every: int = 10  # steps
@@ -76,136 +91,189 @@ class Progress:
     step: int = 0  # the next one
     tokens: int = 0
     log: list[dict] = field(default_factory=list)
-    pending_nll: float = 0.0  # since the last line of the log
+    notes: list[dict] = field(default_factory=list)  # what ``watch`` found
+    pending: dict[str, float] = field(default_factory=dict)  # sums since the log's last line
     pending_tokens: int = 0
 
 
 def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    schedule: Schedule,
+    schedule: Schedule | Sequence[Schedule],
     batches: Batches,
     loss_sum: LossSum,
     plan: Plan,
     state: Path,
-) -> list[dict]:
-    """Train in place and return the log.
+    watch: Watch | None = None,
+) -> Progress:
+    """Train in place and return what was noted on the way.
 
-    What a step reads is a function of its number, so a run that was stopped anywhere and goes on
-    from ``state`` ends with the same bits. The caller's random state is left as it was.
+    What a step reads is a function of its number, so a run that goes on from ``state`` ends with
+    the same bits. The caller's random state is left as it was.
 
     Args:
         model: in training mode, on its device.
-        optimizer: its peak learning rate is set in each group.
-        schedule: factor of the peak by step.
+        optimizer: peak learning rates in its groups; one with ``clip: False`` isn't clipped.
+        schedule: factor of the peak by step, one for all groups or one a group.
         batches: samples of a step; a slice of them is a micro-batch.
-        loss_sum: sum of nll over a micro-batch and its number of valid tokens.
+        loss_sum: sum of the loss over a micro-batch, its number of valid tokens, and other sums.
         plan: steps, portions, clipping.
         state: folder of the state; a damaged or foreign one is left aside and said so.
+        watch: called at the start and after each step; what it draws changes nothing.
 
     Returns:
-        Every ``log_every`` steps: step, mean nll since (nats a token), learning rate, tokens.
+        ``log``: every ``log_every`` steps means a token, rates, tokens; ``notes``: watch's rows.
 
     Raises:
         DivergedError: if a loss or a gradient is not finite; the weights are still those before.
         InputError: if a micro-batch of the smallest size does not fit the GPU.
     """
-    peaks = [group["lr"] for group in optimizer.param_groups]
+    rates = _rates(optimizer, schedule)
     signature = _signature(model, optimizer, plan)
-    size = max(1, plan.micro_batch >> plan.halvings)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(plan.seed)
         progress = _load(state, model, optimizer, signature)
-        bar = tqdm(total=plan.steps, initial=progress.step, file=sys.stderr, mininterval=1.0)
         first, saved = progress.tokens, time.monotonic()
-        while progress.step < plan.steps:
-            _set_rates(optimizer, peaks, schedule(progress.step))
-            nll, count, size = _gradients(model, batches(progress.step), loss_sum, size, plan)
-            _update(model, optimizer, plan, progress, nll, count)
-            _show(bar, nll / count, progress.tokens - first)
+        bar = tqdm(total=plan.steps, initial=progress.step, file=sys.stderr, mininterval=1.0)
+        _note(watch if not progress.step else None, progress)
+        for loss in _steps(model, optimizer, rates, batches, loss_sum, plan, progress):
+            _show(bar, loss, progress.tokens - first)
+            _note(watch, progress)
             if time.monotonic() - saved > plan.save_seconds and progress.step < plan.steps:
                 _save(state, model, optimizer, signature, progress)
                 saved = time.monotonic()
         bar.close()
-    return progress.log
+    return progress
 
 
-def _show(bar: tqdm, nll: float, tokens: int) -> None:
+def _rates(
+    optimizer: torch.optim.Optimizer, schedule: Schedule | Sequence[Schedule]
+) -> list[tuple[float, Schedule]]:
+    """Pair the peak of each group with its schedule, before a state or a step changes it."""
+    groups = optimizer.param_groups
+    schedules = [schedule] * len(groups) if callable(schedule) else schedule
+    return [(group["lr"], factor) for group, factor in zip(groups, schedules, strict=True)]
+
+
+def _steps(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rates: Sequence[tuple[float, Schedule]],
+    batches: Batches,
+    loss_sum: LossSum,
+    plan: Plan,
+    progress: Progress,
+) -> Iterator[float]:
+    """Do the steps that are left and yield the mean loss of each."""
+    halvings = plan.halvings
+    while progress.step < plan.steps:
+        for group, (peak, factor) in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = peak * factor(progress.step)
+        samples = batches(progress.step)
+        sums, tokens, halvings = _gradients(model, samples, loss_sum, halvings, plan)
+        _update(optimizer, plan, progress, sums, tokens)
+        yield sums["loss"] / tokens
+
+
+def _note(watch: Watch | None, progress: Progress) -> None:
+    if watch is None:
+        return
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        row = watch(progress.step)
+    if row is not None:
+        progress.notes.append({"step": progress.step, **row})
+
+
+def _show(bar: tqdm, loss: float, tokens: int) -> None:
     speed = tokens / max(1e-9, bar.format_dict["elapsed"])
-    bar.set_postfix_str(f"nll {nll:.3f}, {speed:.0f} tokens/s", refresh=False)
+    bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} tokens/s", refresh=False)
     bar.update()
 
 
-def _set_rates(optimizer: torch.optim.Optimizer, peaks: Sequence[float], factor: float) -> None:
-    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-        group["lr"] = peak * factor
-
-
 def _gradients(
-    model: nn.Module, samples: Sequence, loss_sum: LossSum, size: int, plan: Plan
-) -> tuple[float, int, int]:
-    """Leave the gradients of the mean nll of a global batch; halve micro-batches that don't fit.
+    model: nn.Module, samples: Sequence, loss_sum: LossSum, halvings: int, plan: Plan
+) -> tuple[dict[str, float], int, int]:
+    """Leave the gradients of the mean loss of a global batch; halve micro-batches that don't fit.
 
-    Returns the sum of nll, the valid tokens and the size of the micro-batches.
+    Returns the sums (that of the loss under ``loss``), the valid tokens and how often was halved.
     """
+    whole = min(plan.micro_batch or len(samples), len(samples))
     while True:
         before = _random_state()
-        total, count, fits = 0.0, 0, True
+        size = max(1, whole >> halvings)
+        sums, count, fits = {"loss": 0.0}, 0, True
         try:
             for start in range(0, len(samples), size):
-                loss, valid = loss_sum(model, samples[start : start + size])
+                loss, valid, *others = loss_sum(model, samples[start : start + size])
                 loss.backward()
-                total, count = total + float(loss.detach()), count + valid
+                for name, value in ({"loss": float(loss.detach())} | dict(*others)).items():
+                    sums[name] = sums.get(name, 0.0) + value
+                count += valid
         except torch.OutOfMemoryError:
             fits = False  # what follows waits until the error has let go of the tensors it holds
         if fits:
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             torch._foreach_div_(gradients, float(count))
-            return total, count, size
+            return sums, count, halvings
         loss = None
         model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
-        if size == 1 or size <= plan.micro_batch >> MOST_HALVINGS:
+        if size == 1 or halvings >= MOST_HALVINGS:
             raise InputError(
-                f"the GPU has too little memory for a micro-batch of {size} of {plan.micro_batch} "
+                f"the GPU has too little memory for a micro-batch of {size} of {whole} "
                 f"samples (allowed: a smaller batch or window, or a larger GPU)"
             )
-        size = max(1, size // 2)
+        halvings += 1
         _set_random_state(before)
-        print(f"out of GPU memory: micro-batch halved to {size}", file=sys.stderr)
+        print(f"out of GPU memory: micro-batch halved to {max(1, size // 2)}", file=sys.stderr)
+
+
+def _clip(optimizer: torch.optim.Optimizer, most: float) -> float:
+    """Clip the gradients of the groups without ``clip: False``; return a norm, finite if all are.
+
+    A group of another kind (gates, multipliers) must not decide how far the weights go.
+    """
+    free = [p for g in optimizer.param_groups if not g.get("clip", True) for p in g["params"]]
+    clipped = [p for g in optimizer.param_groups if g.get("clip", True) for p in g["params"]]
+    norm = float(nn.utils.clip_grad_norm_(clipped, most))
+    others = float(nn.utils.get_total_norm([p.grad for p in free if p.grad is not None]))
+    return norm if math.isfinite(others) else others
 
 
 def _update(
-    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     plan: Plan,
     progress: Progress,
-    nll: float,
+    sums: dict[str, float],
     count: int,
 ) -> None:
     """Clip, refuse what is not finite, step, and note it in the log."""
-    norm = float(nn.utils.clip_grad_norm_(model.parameters(), plan.clip))
-    if not math.isfinite(nll) or not math.isfinite(norm):
+    norm = _clip(optimizer, plan.clip)
+    if not math.isfinite(sums["loss"]) or not math.isfinite(norm):
         raise DivergedError(
-            f"at step {progress.step + 1} the loss is {nll / count:.4g} and the norm of its "
-            f"gradient {norm:.4g} (lower the learning rate)"
+            f"at step {progress.step + 1} the loss is {sums['loss'] / count:.4g} and the norm of "
+            f"its gradient {norm:.4g} (lower the learning rate)"
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     progress.step += 1
     progress.tokens += count
-    progress.pending_nll += nll
     progress.pending_tokens += count
+    for name, value in sums.items():
+        progress.pending[name] = progress.pending.get(name, 0.0) + value
     if progress.step % plan.log_every == 0 or progress.step == plan.steps:
+        means = {name: value / progress.pending_tokens for name, value in progress.pending.items()}
+        rates = [group["lr"] for group in optimizer.param_groups]
         progress.log.append(
             {
                 "step": progress.step,
-                "nll": progress.pending_nll / progress.pending_tokens,
-                "learning_rate": optimizer.param_groups[0]["lr"],
+                **means,
+                "learning_rate": rates[0],
+                "learning_rates": rates,
                 "tokens": progress.tokens,
             }
         )
-        progress.pending_nll, progress.pending_tokens = 0.0, 0
+        progress.pending, progress.pending_tokens = {}, 0
 
 
 def _signature(model: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan) -> str:

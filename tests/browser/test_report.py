@@ -18,6 +18,8 @@ PICTURES = {
     ("FFN channels", "Pruning"): 1,
     ("FFN channels", "Transport"): 1,
     ("FFN channels", "Transport plan"): 1,
+    ("Translator heads", "Translator"): 1,
+    ("Translator heads", "Quality"): 2,
 }
 
 
@@ -100,7 +102,8 @@ def test_each_category_shows_its_pictures_and_nothing_is_broken(report, browser)
         assert size and min(size) > 100, f"{path} is no picture"
         assert entry["caption"], f"{path} has no caption"
         assert "System Message" not in entry["caption"], f"the caption of {path} is broken"
-        assert entry["labels"]["checkpoint"] == "tiny"
+        labels = entry["labels"]
+        assert labels.get("checkpoint") == "tiny" or labels.get("translator") == "phrases"
     assert sum(path.endswith("table.html") for path in results) == 2
     severe = [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
     assert severe == []
@@ -130,3 +133,27 @@ def shown(browser):
             return "picture"
     frames = browser.find_elements("xpath", "//iframe")
     return "page" if any(frame.is_displayed() for frame in frames) else None
+
+
+def test_the_gates_of_a_run_play_beside_their_map(report, browser):
+    open_category(browser, report, "Translator heads")
+    wait_for(lambda: visible(browser, "Gated runs"))[0].click()
+    eyes = "//a[@iconname='eye']"
+    links = wait_for(lambda: browser.find_elements("xpath", eyes))
+    assert len(links) == 6  # three gated runs, each with a page of its gates and of translations
+    browser.execute_script("arguments[0].click()", links[0])
+    frames = "//iframe"
+    frame = wait_for(
+        lambda: [f for f in browser.find_elements("xpath", frames) if f.is_displayed()]
+    )
+    browser.switch_to.frame(frame[0])
+    try:
+        film, still = wait_for(lambda: browser.find_elements("css selector", ".row figure img"))[:2]
+        assert film.get_attribute("src").startswith("data:image/gif")
+        first = wait_for(lambda: film.screenshot_as_png)
+        wait_for(lambda: film.screenshot_as_png != first)  # another frame is on the screen
+        assert abs(film.rect["y"] - still.rect["y"]) < 200 and film.rect["x"] != still.rect["x"]
+        assert int(still.get_property("naturalWidth")) > 300
+    finally:
+        browser.switch_to.default_content()
+        browser.save_screenshot(str(report.with_name("gates.png")))

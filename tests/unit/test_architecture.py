@@ -18,7 +18,7 @@ FLOORS = (
     ("heads", "ffn", "gates", "branches", "gradients"),
     ("evaluation", "training", "language_model", "attention", "corpora"),
     ("jobs", "plotting", "pages", "configuration", "locks"),
-    ("accumulators", "checkpoints", "recipes", "statistics", "digest", "errors"),
+    ("accumulators", "checkpoints", "imports", "recipes", "statistics", "digest", "errors"),
 )
 
 

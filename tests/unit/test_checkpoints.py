@@ -11,7 +11,6 @@ from headroom.checkpoints import (
     Tensors,
     check_manifest,
     geometry,
-    import_checkpoint,
     load_model,
     read_config,
     write_derived,
@@ -19,6 +18,7 @@ from headroom.checkpoints import (
 )
 from headroom.errors import InputError
 from headroom.evaluation.cost import sizes
+from headroom.imports import import_checkpoint
 from headroom.verify import verify
 
 SIZES = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24}

@@ -10,10 +10,13 @@ import yaml
 from headroom import experiment
 from headroom.configuration import filled, load_schema
 from headroom.errors import InputError
+from headroom.gates import families as gate_families
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.yaml"
 MINIMAL = {"checkpoints": {"tiny": {"train": {}}}}
+TRANSLATED = {"pairs": {"cldr": {"cldr": {}}}, "translators": {"small": {"train": {}}}}
+BOTH = MINIMAL | TRANSLATED
 
 
 def load(config):
@@ -154,6 +157,173 @@ def test_controls_that_can_be_made_are_allowed():
     load(merges(criterion="error", budgets=["2x4"], controls=["random0", "dissimilar"]))
     load(merges(criterion="error", budgets=["4x2"], controls=["wanda_sp", "flap"]))
     load(merges(criterion="softmax_nosink", thresholds=[0.9], control_methods=["refit"]))
+
+
+def test_checkpoints_alone_need_no_translator():
+    full = load(MINIMAL)
+    assert full["translators"] == full["pairs"] == {} and full["gates"]["translators"] == []
+    assert full["heads"]["checkpoints"] == full["ffn"]["checkpoints"] == ["tiny"]
+    assert "tiny" in experiment.all_recipes(full)
+
+
+def test_translators_alone_need_no_checkpoint():
+    full = load(TRANSLATED)
+    assert full["checkpoints"] == {} and experiment.all_recipes(full) == []
+    assert full["heads"]["checkpoints"] == full["ffn"]["checkpoints"] == []
+    assert full["gates"]["translators"] == ["small"]
+    assert full["translators"]["small"]["pairs"] == "cldr"
+    assert full["pairs"]["cldr"]["versions"].keys() == {"babel", "num2words"}
+    plain = experiment.sanitised(full)
+    assert json.loads(json.dumps(plain)) == plain
+
+
+def test_what_is_left_out_of_pairs_and_translators_has_a_default():
+    full = load(TRANSLATED)
+    pairs, translator, gates = full["pairs"]["cldr"], full["translators"]["small"], full["gates"]
+    assert pairs["cldr"] == {"locales": ["en", "de"], "pairs": 20000, "seed": 0}
+    assert pairs["split"] == {"train": 0.9, "validation": 0.05, "test": 0.05}
+    assert (pairs["lowercase"], pairs["tokenize"]) == (False, "13a")
+    assert translator["longest"] == 128
+    train = translator["train"]
+    assert [train[key] for key in ("hidden", "layers", "heads", "ffn")] == [128, 2, 8, 256]
+    assert (train["schedule"], train["report"], train["dropout"]) == ("inverse_sqrt", None, 0.1)
+    assert (gates["attentions"], gates["trains"], gates["penalty"]) == (["encoder"], "all", "seed")
+    assert (gates["lambdas"], gates["target_heads"], gates["seeds"]) == ([0, 0.05, 0.1], [], [0])
+    assert (gates["beta"], gates["log_a"], gates["gate_learning_rate"]) == (0.5, 2.0, 0.05)
+    assert gates["controls"] == ["michel", "random", "scratch"]
+    assert full["evaluation"]["translation"]["beams"] == [1, 4]
+
+
+def test_the_runs_of_a_translator_are_those_that_were_asked_for():
+    asked = {"lambdas": [0.1, 0.05], "target_heads": [6], "seeds": [0, 2]}
+    gates = load(TRANSLATED | {"gates": asked})["gates"]
+    once = ["gate-l0.00", "gate-l0.05", "gate-l0.10", "gate-k6"]
+    once += [f"mask-{choice}-k6" for choice in ("michel", "random", "scratch")]
+    assert gate_families.steps(gates) == [*once, *(f"{step}-s2" for step in once)]
+    others = gate_families.steps(gates, trained=False)
+    assert others == [s for s in gate_families.steps(gates) if "scratch" not in s]
+
+
+@pytest.mark.parametrize(
+    ("attentions", "most"),
+    [(["encoder"], 16), (["cross"], 16), (["encoder", "decoder", "cross"], 48)],
+)
+def test_no_more_heads_can_be_kept_than_are_gated(attentions, most):
+    config = changed("gates.attentions", attentions, TRANSLATED)
+    for count in (0, most):
+        load(changed("gates.target_heads", [count], config))
+    said = f"gates.target_heads: {most + 1} heads, but {most} heads of small are gated"
+    with pytest.raises(InputError, match=said):
+        load(changed("gates.target_heads", [most + 1], config))
+
+
+def test_a_published_translator_is_looked_at_before_any_job(tmp_path):
+    sizes = {f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("layers", "x")}
+    sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "model_type": "marian"}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    config = changed("translators", {"opus": {"path": str(tmp_path)}}, TRANSLATED)
+    assert load(config)["translators"]["opus"]["path"] == str(tmp_path)
+    with pytest.raises(InputError, match="9 heads, but 8 heads of opus are gated"):
+        load(changed("gates.target_heads", [9], config))
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {"model_type": "t5"}))
+    with pytest.raises(InputError, match=r"translators.opus: model_type 't5' is no translator"):
+        load(config)
+
+
+def aligned(folder):
+    paths = {}
+    for split in ("train", "validation", "test"):
+        paths[split] = [str(folder / f"{split}.{side}") for side in ("en", "de")]
+        for path in paths[split]:
+            Path(path).write_text("one\n")
+    return paths
+
+
+def test_files_of_pairs_are_found(tmp_path):
+    paths = aligned(tmp_path)
+    config = changed("pairs", {"mine": {"path": paths}}, TRANSLATED)
+    assert load(config)["pairs"]["mine"]["path"] == paths
+    Path(paths["test"][1]).unlink()
+    with pytest.raises(InputError, match=r"config key pairs.mine.path.test: there is no file .*de"):
+        load(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("gates.lambdas", [-0.1], "config key gates.lambdas.0 is -0.1: at least 0 is allowed"),
+        (
+            "gates.lambdas",
+            [0.0000001],
+            "config key gates.lambdas: 1e-07 has more than six decimals",
+        ),
+        ("gates.lambdas", [0.1234567], "config key gates.lambdas: 0.1234567 has more than six"),
+        ("gates.target_heads", [-1], "config key gates.target_heads.0 is -1"),
+        (
+            "gates.translators",
+            ["large"],
+            "gates.translators: large is not among translators (small)",
+        ),
+        (
+            "gates.controls",
+            ["best"],
+            "config key gates.controls is 'best' (allowed: michel, random",
+        ),
+        ("gates.attentions", ["self"], "gates.attentions.0 is 'self': allowed: encoder, decoder"),
+        ("gates.seeds", [], "config key gates.seeds"),
+        ("gates.lamdas", [0.1], "config key gates.lamdas is unknown; did you mean lambdas?"),
+        (
+            "translators.small.pairs",
+            "wmt",
+            "translators.small.pairs: wmt is not among pairs (cldr)",
+        ),
+        ("pairs", {}, "translators.small.pairs: (none) is not among pairs (none are given)"),
+        ("translators.tiny", {"train": {}}, "translators.tiny: checkpoints has the same name"),
+        ("translators.x", {}, "translators.x needs exactly one of train, path, hub; it has none"),
+        (
+            "translators.x",
+            {"path": "/nowhere", "hub": "a/b"},
+            "translators.x needs exactly one of train, path, hub; it has ['hub', 'path']",
+        ),
+        ("translators.x", {"path": "/nowhere"}, "translators.x.path: there is no folder /nowhere"),
+        (
+            "translators.small.train.hidden",
+            136,
+            "translators.small.train: hidden 136 is not a multiple of twice heads 8",
+        ),
+        ("translators.small.train.schedule", "linear", "allowed: inverse_sqrt, noam, constant"),
+        ("pairs.x", {}, "config key pairs.x needs exactly one of cldr, path, hub; it has none"),
+        ("pairs.x", {"path": {"train": ["a", "b"]}}, "config key pairs.x.path lacks test"),
+        (
+            "pairs.cldr.cldr.locales",
+            ["en", "xx"],
+            "pairs.cldr.cldr.locales: CLDR knows no locale 'xx'",
+        ),
+        ("pairs.cldr.cldr.locales", ["en"], "config key pairs.cldr.cldr.locales"),
+        ("evaluation.translation.beams", [0], "evaluation.translation.beams.0 is 0: at least 1"),
+        (
+            "evaluation.recipes",
+            ["tiny+gate-l0.05"],
+            "recipe tiny+gate-l0.05: step gate-l0.05 is for translators, tiny is a decoder "
+            "(allowed: merge, remove, prune)",
+        ),
+        ("evaluation.recipes", ["tiny+mask-random-k3"], "is for translators, tiny is a decoder"),
+        ("heads.checkpoints", ["small"], "small is not among checkpoints"),
+    ],
+)
+def test_bad_input_of_translators_is_one_line_that_names_the_key(key, value, said):
+    with pytest.raises(InputError) as error:
+        load(changed(key, value, BOTH))
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_study_needs_a_model():
+    for config in ({}, {"checkpoints": {}}, {"pairs": {"cldr": {"cldr": {}}}}):
+        with pytest.raises(
+            InputError, match="config needs checkpoints or translators: there is no model"
+        ):
+            load(config)
 
 
 def test_an_unserved_architecture_is_refused_before_any_job(tmp_path):

@@ -14,6 +14,7 @@ from headroom.training import (
     Plan,
     constant,
     inverse_sqrt,
+    noam,
     train,
     warmup_cosine,
 )
@@ -49,10 +50,10 @@ def optimizer_of(model, rate=1e-2):
     return torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
 
 
-def run(folder, model=None, loss=loss_sum, steps=12, optimizer=None, **plan):
+def run(folder, model=None, loss=loss_sum, steps=12, optimizer=None, watch=None, **plan):
     model = model or build(dropout=0.2)
     plan = Plan(**{"steps": steps, "micro_batch": 4, "log_every": 5, "save_seconds": -1.0} | plan)
-    log = train(
+    progress = train(
         model,
         optimizer or optimizer_of(model),
         warmup_cosine(steps, 3),
@@ -60,8 +61,9 @@ def run(folder, model=None, loss=loss_sum, steps=12, optimizer=None, **plan):
         loss,
         plan,
         folder,
+        watch,
     )
-    return model, log
+    return model, progress if watch else progress.log
 
 
 def equal(first, second):
@@ -154,9 +156,9 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(micro):
     total, count = loss_sum(model, batches(0))
     expected = torch.autograd.grad(total / count, list(model.parameters()))
     plan = Plan(steps=1, micro_batch=micro)
-    nll, tokens, _ = training._gradients(model, batches(0), loss_sum, micro, plan)
+    sums, tokens, _ = training._gradients(model, batches(0), loss_sum, 0, plan)
     assert tokens == count
-    assert nll == pytest.approx(float(total.detach()), rel=1e-13)
+    assert sums["loss"] == pytest.approx(float(total.detach()), rel=1e-13)
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-15)
 
@@ -253,9 +255,9 @@ def test_log_is_the_token_weighted_mean_since_the_line_before(tmp_path):
         losses.append((float(total.detach()), count))
     assert [line["step"] for line in log] == [5, 7]
     for line, part in zip(log, (losses[:5], losses[5:]), strict=True):
-        assert line["nll"] == pytest.approx(sum(a for a, _ in part) / sum(b for _, b in part))
+        assert line["loss"] == pytest.approx(sum(a for a, _ in part) / sum(b for _, b in part))
     assert log[-1]["tokens"] == sum(count for _, count in losses)
-    assert set(log[0]) == {"step", "nll", "learning_rate", "tokens"}
+    assert set(log[0]) == {"step", "loss", "learning_rate", "learning_rates", "tokens"}
 
 
 def test_schedules():
@@ -266,3 +268,77 @@ def test_schedules():
     assert max(inverse_sqrt(100)(step) for step in range(1000)) == inverse_sqrt(100)(99) == 1.0
     assert inverse_sqrt(100)(399) == pytest.approx(0.5)
     assert constant(0) == constant(10**6) == 1.0
+
+
+def test_noam_is_the_published_schedule():
+    rates = noam(512, 4000)
+    expected = {1: 1.7469e-7, 4000: 6.98771e-4, 16000: 3.49386e-4}
+    for step, rate in expected.items():
+        assert rates(step - 1) == pytest.approx(rate, rel=1e-4)
+    faster = noam(512, 4000, 4.0)
+    assert max(range(3000), key=faster) + 1 == 1000
+
+
+def test_groups_follow_their_own_schedules(tmp_path):
+    model = build()
+    first, *others = model.parameters()
+    groups = [{"params": [first], "lr": 0.5}, {"params": others, "lr": 0.25}]
+    schedules = [constant, lambda step: 1 / (step + 1)]
+    plan = Plan(steps=4, log_every=1)
+    optimizer = torch.optim.SGD(groups)
+    log = train(model, optimizer, schedules, batches, loss_sum, plan, tmp_path).log
+    assert [line["learning_rates"] for line in log] == [[0.5, 0.25 / n] for n in (1, 2, 3, 4)]
+    assert [line["learning_rate"] for line in log] == [0.5] * 4
+
+
+def test_a_group_may_stay_out_of_clipping_but_must_be_finite(tmp_path):
+    def moved(scale):
+        model = build()
+        first, *others = model.parameters()
+        before = [p.detach().clone() for p in others]
+        groups = [{"params": others}, {"params": [first], "clip": False}]
+
+        def loss(model, tokens):
+            total, count = loss_sum(model, tokens)
+            return total + scale * first.sum() * count, count
+
+        train(
+            model,
+            torch.optim.SGD(groups, lr=0.1),
+            constant,
+            batches,
+            loss,
+            Plan(steps=1, clip=1e-3),
+            tmp_path / f"{scale}",
+        )
+        return [a.detach() - b for a, b in zip(others, before, strict=True)]
+
+    for small, large in zip(moved(0.0), moved(1e6), strict=True):
+        torch.testing.assert_close(small, large)
+    with pytest.raises(DivergedError):
+        moved(math.inf)
+
+
+def test_what_a_watch_notes_survives_a_resume_and_what_it_draws_changes_nothing(tmp_path):
+    def noisy(step):
+        torch.rand(step + 1)
+        return {"square": step * step} if step % 2 == 0 else None
+
+    plain, _ = run(tmp_path / "plain")
+    model, progress = run(tmp_path / "a", watch=noisy)
+    assert equal(model, plain)
+    expected = [{"step": n, "square": n * n} for n in range(0, 13, 2)]
+    assert progress.notes == expected
+    with pytest.raises(Killed):
+        run(tmp_path / "b", loss=killed_at(9), watch=noisy)
+    again, resumed = run(tmp_path / "b", watch=noisy)
+    assert resumed.notes == expected and equal(again, plain)
+
+
+def test_other_sums_are_logged_as_means_over_tokens(tmp_path):
+    def loss(model, tokens):
+        total, count = loss_sum(model, tokens)
+        return total, count, {"twice": 2 * float(total.detach())}
+
+    _, log = run(tmp_path, loss=loss, micro_batch=3)
+    assert all(line["twice"] == pytest.approx(2 * line["loss"]) for line in log)

@@ -32,11 +32,33 @@ SMALL = {
             }
         }
     },
+    "pairs": {"cldr": {"cldr": {"pairs": 400}, "limits": {"validation": 8, "test": 12}}},
+    "translators": {
+        "phrases": {
+            "longest": 40,
+            "train": {
+                "vocabulary": 320,
+                "hidden": 16,
+                "layers": 1,
+                "heads": 4,
+                "ffn": 16,
+                "batch_tokens": 256,
+                "steps": 6,
+                "warmup": 2,
+                "report": 3,
+            },
+        }
+    },
     "evaluation": {
         "window": 32,
         "sequences": 64,
         "bootstrap": {"resamples": 200},
         "latency": {"prompt": 4, "new_tokens": 2, "runs": 3},
+        "translation": {
+            "beams": [1, 2],
+            "validation": 8,
+            "latency": {"batches": [1], "source": 4, "new_tokens": 2, "runs": 3},
+        },
     },
     "heads": {
         "calibration": {"window": 32, "sequences": 8, "inputs": 8},
@@ -68,7 +90,16 @@ SMALL = {
         ],
         "saved": ["prune-flap-ot_mass-r0.50"],
     },
+    "gates": {
+        "lambdas": [0.1],
+        "target_heads": [2],
+        "controls": ["scratch"],
+        "steps": 4,
+        "batch_tokens": 256,
+        "report": 2,
+    },
 }
+TARGETS = ("job", "all", "heads", "ffn", "gates")  # no jobs of their own
 
 
 class Workflow:
@@ -100,9 +131,7 @@ class Workflow:
         """Read the table of jobs that Snakemake prints before a run."""
         table = text.split("Job stats:")[1].split("total")[0] if "Job stats:" in text else ""
         rows = re.findall(r"^(\w+)\s+(\d+)$", table, flags=re.M)
-        return {
-            name: int(count) for name, count in rows if name not in ("job", "all", "heads", "ffn")
-        }
+        return {name: int(count) for name, count in rows if name not in TARGETS}
 
     def edit(self, name: str, old: str, new: str) -> None:
         path = self.folder / name

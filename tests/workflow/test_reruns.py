@@ -11,6 +11,7 @@ from .conftest import SMALL
 pytestmark = pytest.mark.workflow
 
 MERGES, PRUNES, SEEDS = 2, 1, 2  # derived checkpoints of the small experiment, draws of text
+GATES = 4  # runs of its translator, one of them a control
 
 
 def changed(path, value):
@@ -75,6 +76,7 @@ CASES = {
             "compare_heads": MERGES,
             "head_figures": 1,
             "ffn_figures": 1,
+            "gates_figures": 1,
         },
     ),
     "latency": (
@@ -105,6 +107,37 @@ CASES = {
     "calibration_seed_added": (
         changed("ffn.calibration.seeds", [0, 1, 2]),
         {"ffn_activations": 1, "ffn_gradients": 1, "ffn_sweep": 1, "ffn_figures": 1},
+    ),
+    "price_added": (
+        changed("gates.lambdas", [0.1, 0.2]),
+        {"gate_heads": 1, "translate": 1, "run_figures": 1, "gates_figures": 1},
+    ),
+    "gate_seed_added": (
+        changed("gates.seeds", [0, 1]),
+        {"gate_heads": GATES, "translate": GATES, "run_figures": GATES - 1, "gates_figures": 1},
+    ),
+    "gate_learning_rate": (
+        changed("gates.gate_learning_rate", 0.1),
+        {
+            "gate_heads": GATES,
+            "translate": GATES,
+            "run_figures": GATES - 1,
+            "translation_latency": 1,
+            "gates_figures": 1,
+        },
+    ),
+    "bleu_tokenizer": (
+        changed("pairs.cldr.tokenize", "intl"),
+        {
+            "train_translator": 1,
+            "training_figures": 1,
+            "head_roles": 1,
+            "gate_heads": GATES,
+            "translate": GATES + 1,
+            "run_figures": GATES - 1,
+            "translation_latency": 1,
+            "gates_figures": 1,
+        },
     ),
     "saved_pruning_added": (
         changed("ffn.saved", ["prune-flap-ot_mass-r0.50", "prune-flap-ridge-r0.25-s1"]),
@@ -150,6 +183,20 @@ EDITS = {
         {"prune_channels", "ffn_sweep"},
         {"ffn_activations", "ffn_gradients", "reduce_heads", "head_similarity"},
     ),
+    "hard_concrete": (
+        "src/headroom/gates/hard_concrete.py",
+        "(u_H.log()",
+        "(1.0 * u_H.log()",
+        {"gate_heads", "translate", "run_figures", "gates_figures"},
+        {"sentence_pairs", "tokenize_pairs", "train_checkpoint", "reduce_heads"},
+    ),
+    "bleu": (
+        "src/headroom/evaluation/translation.py",
+        "CASE_GAIN, CASE_FLOOR = 1.02, 5.0",
+        "CASE_GAIN, CASE_FLOOR = 1.02, 6.0",
+        {"translate", "gates_figures"},
+        {"sentence_pairs", "tokenize_pairs", "evaluate"},
+    ),
     "study": (
         "src/headroom/heads/study.py",
         "(1 - confidence) / 2",
@@ -188,6 +235,17 @@ RULE_SETTINGS = {
     "ffn_sweep": ("ffn.transport.iterations", 20000000),
     "ffn_figures": ("ffn.calibration.seeds", [0]),
     "plan_figure": ("ffn.saved", ["prune-flap-ot_mass-r0.25"]),
+    "sentence_pairs": ("pairs.cldr.cldr.seed", 1),
+    "train_pair_tokenizer": ("translators.phrases.train.vocabulary", 330),
+    "tokenize_pairs": ("translators.phrases.longest", 36),
+    "train_translator": ("translators.phrases.train.dropout", 0.2),
+    "head_roles": ("gates.attentions", ["encoder", "cross"]),
+    "gate_heads": ("gates.beta", 0.33),
+    "translate": ("evaluation.translation.beams", [1]),
+    "translation_latency": ("evaluation.translation.latency.source", 5),
+    "training_figures": ("translators.phrases.train.report", 2),
+    "run_figures": ("gates.log_a", 1.5),
+    "gates_figures": ("evaluation.bootstrap.seed", 1),
 }
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 import yte
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -21,6 +22,10 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_plan(empty, example):
     planned = empty.planned("--configfile", f"examples/{example.name}")
+    if "translators" in yaml.safe_load(example.read_text()):
+        assert planned["gate_heads"] > 10 and planned["gates_figures"] == 1
+        assert "train_checkpoint" not in planned, "an example replaces the default"
+        return
     assert planned["import_checkpoint"] == 1
     assert planned["reduce_heads"] > 5
     assert "train_checkpoint" not in planned, "an example replaces the default"
@@ -267,16 +272,30 @@ def readme_blocks(heading):
         yield name.removeprefix("# "), code
 
 
-def test_the_readmes_own_score_distribution_and_strategy_work_as_written(copied):
-    """Functions go in before the registry, entries into it; then a recipe is asked for by name."""
-    for name, code in readme_blocks("Add your own score, distribution or strategy"):
-        path = copied.folder / name
+def add_as_written(workflow, heading):
+    """Do what the README says: functions go in before the registry, entries into it."""
+    for name, code in readme_blocks(heading):
+        path = workflow.folder / name
         functions, registry, entries = re.fullmatch(
             r"(.*?)((?:^[A-Z_]+: [^\n]* = \{\n))    \.\.\.\n(.*?)\}\n", code, flags=re.S | re.M
         ).groups()
         text = path.read_text()
         assert text.count(f"\n{registry}") == 1
         path.write_text(text.replace(f"\n{registry}", f"\n{functions}{registry}{entries}"))
+
+
+def test_the_readmes_own_penalty_and_choice_of_heads_work_as_written(copied):
+    add_as_written(copied, "Add your own penalty on gates, or another way to choose heads")
+    config = copy.deepcopy(SMALL)
+    config["gates"] |= {"penalty": "squared", "controls": ["output_norm"]}
+    copied.configure(config)
+    copied.run("--cores", "2", "results/gates/phrases/figures/runs.csv")
+    runs = (copied.folder / "results/gates/phrases/figures/runs.csv").read_text()
+    assert "mask-output_norm-k2,output_norm" in runs
+
+
+def test_the_readmes_own_score_distribution_and_strategy_work_as_written(copied):
+    add_as_written(copied, "Add your own score, distribution or strategy")
     recipe = "tiny+prune-tail-ot_mass-r0.25-spread_to_pushforward"
     copied.run("--cores", "2", f"results/evaluations/{recipe}/docs.json")
     other = "tiny+prune-tail-ot_mass-r0.25-spread_out"

@@ -10,10 +10,11 @@ sys.path.insert(0, f"{workflow.basedir}/src")
 from headroom import digest, experiment, jobs, locks
 from headroom.errors import InputError
 from headroom.ffn import families as ffn_families
+from headroom.gates import families as gate_families
 from headroom.heads import families
-from headroom.recipes import METRICS, Merge, Prune, Remove
+from headroom.recipes import METRICS, Gate, Mask, Merge, Prune, Remove
 from headroom.recipes import canonical, parse_recipe, parse_step
-from headroom.recipes import recipe_regex, step_regex
+from headroom.recipes import recipe_regex, step_regex, translator_regex
 
 try:
     locks.remove_stale(Path(".snakemake"))
@@ -23,17 +24,28 @@ try:
 except InputError as error:
     sys.exit(f"headroom: {error}")
 
+
+def either(names):
+    """A pattern that matches one of the names; "-" is none of any kind."""
+    return "|".join(map(re.escape, names)) or "-"
+
+
+def trained(table):
+    """Those of some models that are trained here."""
+    return [name for name, source in config[table].items() if "train" in source]
+
+
 RECIPE = recipe_regex(list(config["checkpoints"]))
+TRAINED_TRANSLATORS = either(trained("translators"))
 
 
 wildcard_constraints:
-    base="|".join(map(re.escape, config["checkpoints"])),
-    trained="|".join(
-        re.escape(name)
-        for name, base in config["checkpoints"].items()
-        if "train" in base
-    )
-    or "-",
+    base=either(config["checkpoints"]),
+    trained=either(trained("checkpoints")),
+    pairs=either(config["pairs"]),
+    translator=either(config["translators"]),
+    translation=translator_regex(list(config["translators"])),
+    gate=f"{step_regex(Gate)}|{step_regex(Mask)}",
     recipe=RECIPE,
     parent=RECIPE,
     step=f"{step_regex(Merge)}|{step_regex(Remove)}",

@@ -10,7 +10,7 @@ from headroom import jobs
 params = snakemake.params
 jobs.start(snakemake.log[0], params.code, params.settings, snakemake.resources.halvings)
 
-from headroom.checkpoints import import_checkpoint
+from headroom.imports import import_checkpoint
 
 name = snakemake.wildcards.base
 with jobs.staged(snakemake.output.checkpoint) as folder:
