@@ -1,6 +1,10 @@
-"""What holds for every test: the same random numbers each time."""
+"""What holds for every test: the same random numbers each time, and who runs it."""
+
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -9,3 +13,12 @@ def seeded():
     import torch
 
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    """Let one process do the real runs, the longest work, first; files stay whole in the others."""
+    real = ROOT / "workflow"
+    items.sort(key=lambda item: real not in item.path.parents)
+    for item in items:
+        name = "workflow" if real in item.path.parents else str(item.path.relative_to(ROOT))
+        item.add_marker(pytest.mark.xdist_group(name))
