@@ -99,7 +99,7 @@ def _complete_translators(config: dict) -> None:
             raise InputError(
                 f"config key translators.{name}: checkpoints has the same name (allowed: another)"
             )
-        _check_translator(name, source, gates)
+        _check_translator(name, source, gates if name in gates["translators"] else None)
 
 
 def _complete_pairs(name: str, source: dict) -> None:
@@ -116,7 +116,8 @@ def _complete_pairs(name: str, source: dict) -> None:
         }
 
 
-def _check_translator(name: str, source: dict, gates: dict) -> None:
+def _check_translator(name: str, source: dict, gates: dict | None) -> None:
+    """Check a translator's sizes, and against the study where it is studied."""
     if "train" in source:
         train = source["train"]
         if train["hidden"] % (2 * train["heads"]):

@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PICKLED = "pytorch_model.bin"
+READ = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja", ".spm")  # of a folder's files
+
+
+def source_files(folder: str | Path) -> list[str]:
+    """Return the files of a checkpoint folder that an import may read, sorted."""
+    files = sorted(Path(folder).iterdir())
+    return [str(file) for file in files if file.is_file() and file.suffix in READ]
+
+
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors")
 
 

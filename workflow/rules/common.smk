@@ -12,6 +12,7 @@ from headroom.errors import InputError
 from headroom.ffn import families as ffn_families
 from headroom.gates import families as gate_families
 from headroom.heads import families
+from headroom.imports import source_files
 from headroom.recipes import METRICS, Gate, Mask, Merge, Prune, Remove
 from headroom.recipes import canonical, parse_recipe, parse_step
 from headroom.recipes import recipe_regex, step_regex, translator_regex

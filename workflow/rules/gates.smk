@@ -197,7 +197,7 @@ rule gate_heads:
     priority: 1
     conda:
         "../../envs/torch.yaml"
-    threads: config["gates"]["threads"]
+    threads: run_threads
     resources:
         mem_mb=memory(6),
         runtime=config["compute"]["runtime"],
@@ -379,7 +379,6 @@ rule gates_figures:
             **settings(
                 "evaluation.bootstrap",
                 "evaluation.translation.beams",
-                "evaluation.translation.latency",
                 ("pairs", pairs_of(wildcards.translator), "lowercase"),
                 ("pairs", pairs_of(wildcards.translator), "tokenize"),
             ),

@@ -24,7 +24,6 @@ RUN_SETTINGS = [
         "threads",
     )
 ]
-LOOKS = ["evaluation.translation.validation", "evaluation.translation.batch_tokens"]
 
 
 def gates_shown(name, caption, subcategory, figure, **labels):
@@ -98,14 +97,14 @@ def translator_tokenizer(wildcards):
 def translator_files(wildcards):
     """The local files of a translator, so that changed weights rerun what follows."""
     folder = config["translators"][wildcards.translator].get("path")
-    return sorted(map(str, Path(folder).iterdir())) if folder else []
+    return source_files(folder) if folder else []
 
 
 def look_settings(translator):
     """What decides how held-out sentences are translated and scored while a model trains."""
     pairs = pairs_of(translator)
     return (
-        *LOOKS,
+        "evaluation.translation.validation",
         ("translators", translator, "longest"),
         ("pairs", pairs, "lowercase"),
         ("pairs", pairs, "tokenize"),
@@ -118,6 +117,13 @@ def run_settings(wildcards):
     if wildcards.gate.startswith("mask-scratch"):
         keys.append(("translators", wildcards.translator, "train"))
     return settings("compute.device", *keys)
+
+
+def run_threads(wildcards):
+    """Threads of a gated run; one from scratch first trains as its translator did."""
+    scratch = wildcards.gate.startswith("mask-scratch")
+    source = config["translators"][wildcards.translator] if scratch else {}
+    return max(GATES["threads"], source.get("train", {}).get("threads", 1))
 
 
 def run_inputs(wildcards):

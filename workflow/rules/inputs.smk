@@ -27,7 +27,7 @@ def tokenizer_of(wildcards):
 def base_files(wildcards):
     """The local files of a base checkpoint, so that changed weights rerun what follows."""
     folder = config["checkpoints"][wildcards.base].get("path")
-    return sorted(map(str, Path(folder).iterdir())) if folder else []
+    return source_files(folder) if folder else []
 
 
 def evaluation_targets():

@@ -13,20 +13,21 @@ jobs.start(snakemake.log[0], params.code, params.settings, snakemake.resources.h
 import pandas as pd
 
 from headroom import plotting
-from headroom.gates import figures, page, record, tables
+from headroom.gates import figures, page, tables
+from headroom.gates.reports import read_json
 
 settings, inputs, output = params.settings, snakemake.input, snakemake.output
 bootstrap, wanted = settings["evaluation"]["bootstrap"], settings["evaluation"]["translation"]
 beams, steps = max(wanted["beams"]), ["", *settings["steps"]]
-scores = dict(zip(steps, map(record.read_json, inputs.scores), strict=True))
+scores = dict(zip(steps, map(read_json, inputs.scores), strict=True))
 counts = dict(zip(steps, map(pd.read_parquet, inputs.counts), strict=True))
-kept = [record.read_json(Path(folder) / "removal.json") for folder in inputs.removals]
+kept = [read_json(Path(folder) / "removal.json") for folder in inputs.removals]
 removals = dict(zip(steps[1:], kept, strict=True))
 runs = tables.runs_table(scores, counts, removals, beams, bootstrap)
 methods = tables.methods_table(runs, counts, beams, bootstrap)
 setting = tables.describe(scores, beams, bootstrap)
 runs.to_csv(output.csv, index=False)
-cost = pd.DataFrame(record.read_json(inputs.latency))
+cost = pd.DataFrame(read_json(inputs.latency))
 Path(output.html).write_text(page.runs_page(runs, setting, cost, tables.methods_html(methods)))
 plotting.save(figures.trade_off(runs, setting), output.trade_off)
 plotting.save(figures.open_against_lambda(runs), output.strength)

@@ -82,7 +82,9 @@ def _encoded(model, tokenizer, sentences: Sequence[str], longest: int) -> list[l
         )
     if not sentences:
         return []
-    sources = tokenizer(list(sentences), verbose=False)["input_ids"]
+    # "</s>" inside a sentence is text, here as where a translator was trained.
+    options = {"split_special_tokens": True, "verbose": False}
+    sources = tokenizer(list(sentences), **options)["input_ids"]
     framing = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
     for number, source in enumerate(sources, start=1):
         if set(source) <= framing:

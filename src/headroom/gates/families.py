@@ -60,12 +60,12 @@ def check(gates: Mapping) -> None:
             )
 
 
-def check_translator(name: str, gates: Mapping, config: Mapping) -> None:
+def check_translator(name: str, gates: Mapping | None, config: Mapping) -> None:
     """Refuse a translator that can't be gated as asked.
 
     Args:
         name: of the translator.
-        gates: of the configuration.
+        gates: of the configuration; None for a translator that is not studied.
         config: the translator's ``config.json``.
 
     Raises:
@@ -76,6 +76,8 @@ def check_translator(name: str, gates: Mapping, config: Mapping) -> None:
             f"config key translators.{name}: model_type {config.get('model_type')!r} is no "
             f"translator that is served (allowed: marian)"
         )
+    if gates is None:
+        return
     heads = gated_heads(gates["attentions"], config)
     for count in gates["target_heads"]:
         if count > heads:

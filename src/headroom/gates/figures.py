@@ -43,7 +43,7 @@ def curves(log: pd.DataFrame, reports: pd.DataFrame, title: str):
     rates = {"learning_rate": "weights", "gate_learning_rate": "gates"}
     wanted = [
         (log, lines, "cross-entropy (nats a token)", "training loss"),
-        (log, {"penalty": ""}, "λ · penalty (nats a token)", "penalty on open heads"),
+        (log, {"penalty": ""}, "price of open heads (nats a token)", "λ · penalty, or Lagrangian"),
         (log, rates, "learning rate", "learning rates"),
         (reports, {"bleu": ""}, f"BLEU{_sentences(reports)}", "validation BLEU, greedy"),
         (reports, {"chrf": ""}, f"chrF{_sentences(reports)}", "validation chrF, greedy"),

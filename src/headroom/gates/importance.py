@@ -13,6 +13,7 @@ from headroom.gates.translator import pair_loss
 from headroom.training import LossSum
 
 MICHEL_BATCHES = 32  # of training pairs
+MICHEL_PAIRS = 32  # that go through the model at once; sums over pairs are the same
 
 
 def michel(
@@ -61,7 +62,11 @@ def gradient_importance(
     """Return Michel's importance on the first batches that a run with this seed reads."""
     batches = Batches(pairs, settings["batch_tokens"], seed)
     loss = pair_loss(pairs, gated.model.config.pad_token_id, 0.0)
-    read = [batches(number) for number in range(MICHEL_BATCHES)]
+    read = [
+        samples[start : start + MICHEL_PAIRS]
+        for samples in map(batches, range(MICHEL_BATCHES))
+        for start in range(0, len(samples), MICHEL_PAIRS)
+    ]
     return michel(gated.model.eval(), settings["attentions"], read, loss)
 
 

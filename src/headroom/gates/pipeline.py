@@ -10,18 +10,19 @@ from torch import Tensor
 from headroom.checkpoints import load_tokenizer, resolve_device, write_json, write_manifest
 from headroom.corpora.pair_tokens import collate, encode_pairs, load
 from headroom.corpora.pairs import read_pairs
-from headroom.evaluation.translation import bleu_counts, check_case, score, translate
+from headroom.evaluation.translation import COUNTS, bleu_counts, check_case, score, translate
 from headroom.gates import removal
 from headroom.gates.cost import flops, latency
 from headroom.gates.gated import kept_heads
-from headroom.gates.reports import Reporter, write_record
+from headroom.gates.reports import Reporter, read_json, write_record, write_text
 from headroom.gates.roles import roles
 from headroom.gates.runs import gate_run
 from headroom.gates.translator import build, copy_tokenizer, fit, save_translator
 from headroom.recipes import parse_step
 
 CHECKED = 32  # held-out pairs on which a removed model is held against the gated one
-TOLERANCE = 1e-3  # of their logits; fp32 rounding is some 1e-5
+TOLERANCE = 1e-4  # of their logits; rounding to float32 makes some 1e-5 of large ones
+LOOK_TOKENS = 4096  # of a batch of translations while a model trains
 FLOP_TOKENS = 20  # on each side of the sentence pair whose FLOPs are counted
 
 
@@ -31,11 +32,11 @@ def _only(table: Mapping) -> Mapping:
     return value
 
 
-def how_to_translate(settings: Mapping) -> dict:
+def how_to_translate(settings: Mapping, batch_tokens: int = LOOK_TOKENS) -> dict:
     """Return what decides translations and their scores, from a job's settings."""
     pairs = _only(settings["pairs"])
     return {
-        "batch_tokens": settings["evaluation"]["translation"]["batch_tokens"],
+        "batch_tokens": batch_tokens,
         "longest": _only(settings["translators"])["longest"],
         "lowercase": pairs["lowercase"],
         "tokenize": pairs["tokenize"],
@@ -96,7 +97,8 @@ def gate_translator(
         if "train" in translator
         else None
     )
-    kept = read_kept(inputs["kept"]) if "kept" in inputs else None
+    checked = _checked_batch(model, reporter, settings)
+    kept = read_json(Path(inputs["kept"]) / "removal.json")["kept"] if "kept" in inputs else None
     gated, progress = gate_run(
         model,
         parse_step(name),
@@ -107,23 +109,39 @@ def gate_translator(
         kept,
         halvings,
     )
-    found = remove_heads(gated.model, gated.gates(), reporter, checkpoint, outputs)
+    found = remove_heads(gated.model, gated.gates(), checked, checkpoint, outputs)
     write_record(outputs["record"], outputs["events"], progress, reporter, gated.names)
     write_json(outputs["record"] / "removal.json", found)
     write_manifest(outputs["record"])
 
 
-def read_kept(record: str | Path) -> dict[str, list[int]]:
-    """Return the heads that a run kept, by attention module."""
-    import json
+def _checked_batch(model, reporter: Reporter, settings: Mapping) -> dict[str, Tensor]:
+    """A padded batch of held-out pairs to compare logits on, made before anything is trained."""
+    pairs = encode_pairs(
+        reporter.sources[:CHECKED],
+        reporter.references[:CHECKED],
+        reporter.tokenizer,
+        reporter.how["longest"],
+        _longest_key(settings),
+    )
+    return collate(pairs, range(pairs.pairs), model.config.pad_token_id, model.device)
 
-    return json.loads((Path(record) / "removal.json").read_text())["kept"]
+
+def _longest_key(settings: Mapping) -> str:
+    return f"translators.{next(iter(settings['translators']))}.longest"
 
 
 def remove_heads(
-    model, gates: Mapping[str, Tensor], reporter: Reporter, tokenizer: str | Path, outputs: Mapping
+    model, gates: Mapping[str, Tensor], batch: Mapping, tokenizer: str | Path, outputs: Mapping
 ) -> dict:
     """Write a gated model without its closed heads, and in stock shape; check both against it.
+
+    Args:
+        model: with its weights as trained, in evaluation mode.
+        gates: by attention module.
+        batch: held-out pairs to compare logits on.
+        tokenizer: folder of its tokenizer.
+        outputs: empty folders checkpoint and removed.
 
     Returns:
         heads kept, gates, sizes before and after, and the largest difference of a logit.
@@ -131,13 +149,6 @@ def remove_heads(
     Raises:
         RuntimeError: if what was written does not compute what the gated model does.
     """
-    pairs = encode_pairs(
-        reporter.sources[:CHECKED],
-        reporter.references[:CHECKED],
-        reporter.tokenizer,
-        reporter.how["longest"],
-    )
-    batch = collate(pairs, range(pairs.pairs), model.config.pad_token_id, model.device)
     heads = {name: len(values) for name, values in gates.items()}
     before = _sizes(model, "_before")
     smaller, stock = copy.deepcopy(model), copy.deepcopy(model)
@@ -179,10 +190,10 @@ def measure_roles(settings: Mapping, checkpoint: str, tokens: str, validation: s
     torch.set_num_threads(settings["compute"]["threads"])
     sources, targets = read_pairs(validation)
     most = settings["evaluation"]["translation"]["validation"]
-    longest = _only(settings["translators"])["longest"]
+    longest, words = _only(settings["translators"])["longest"], load_tokenizer(checkpoint)
     seen = load(tokens).source_ids.long()
     frequency_V = torch.bincount(seen, minlength=model.config.vocab_size)
-    pairs = encode_pairs(sources[:most], targets[:most], load_tokenizer(checkpoint), longest)
+    pairs = encode_pairs(sources[:most], targets[:most], words, longest, _longest_key(settings))
     pad = model.config.pad_token_id
     single = [collate(pairs, [index], pad, model.device) for index in range(pairs.pairs)]
     return roles(model, single, frequency_V, settings["gates"]["attentions"])
@@ -204,37 +215,29 @@ def translate_test(
         scores by beam size, and BLEU's counts, a row a sentence and beam size.
     """
     torch.set_num_threads(settings["compute"]["threads"])
-    how, wanted = how_to_translate(settings), settings["evaluation"]["translation"]["beams"]
+    wanted = settings["evaluation"]["translation"]
+    how = how_to_translate(settings, wanted["batch_tokens"])
     model = removal.load(checkpoint, settings["compute"]["device"], settings["compute"]["dtype"])
     words, (sources, references) = load_tokenizer(tokenizer), read_pairs(test)
     case = (how["lowercase"], how["tokenize"])
     scores: dict = {"sentences": len(sources)}
     rows = []
-    _write_lines(output / "source.txt", sources)
-    _write_lines(output / "reference.txt", references)
-    for beams in wanted:
+    write_text(output / "source.txt", sources)
+    write_text(output / "reference.txt", references)
+    for beams in wanted["beams"]:
         found = translate(model, words, sources, beams, how["batch_tokens"], how["longest"])
         check_case(found, references, how["lowercase"], _key(settings), how["tokenize"])
         scores[f"beam{beams}"] = score(found, references, *case)
-        _write_lines(output / f"beam{beams}.txt", found)
+        write_text(output / f"beam{beams}.txt", found)
         for place, counts in enumerate(bleu_counts(found, references, *case)):
-            rows.append({"beams": beams, "sentence": place, **_named(counts)})
+            named = zip(COUNTS, map(int, counts), strict=True)
+            rows.append({"beams": beams, "sentence": place, **dict(named)})
     write_manifest(output)
     return scores, rows
 
 
 def _key(settings: Mapping) -> str:
     return f"pairs.{next(iter(settings['pairs']))}"
-
-
-def _named(counts: Sequence[int]) -> dict[str, int]:
-    from headroom.evaluation.translation import COUNTS
-
-    return dict(zip(COUNTS, map(int, counts), strict=True))
-
-
-def _write_lines(path: Path, lines: Sequence[str]) -> None:
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
 def measure_latency(settings: Mapping, checkpoints: Sequence[str]) -> list[dict]:

@@ -1,6 +1,5 @@
 """What a training left behind, read back and shown: curves, maps, the GIF, translations."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from headroom import plotting
 from headroom.gates import figures
 from headroom.gates.animation import p_open_gif
 from headroom.gates.page import run_page, translations_page
+from headroom.gates.reports import read_json
 
 SHOWN = 24  # sentences whose translations are shown, spread over those that were translated
 
@@ -26,11 +26,6 @@ class Record:
     translations: dict[str, list[str]]  # by the words that tell when
     gates: pd.DataFrame | None
     removal: Mapping | None
-
-
-def read_json(path: str | Path) -> Mapping:
-    """Return the content of a JSON file."""
-    return json.loads(Path(path).read_text())
 
 
 def read(folder: str | Path) -> Record:

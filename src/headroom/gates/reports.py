@@ -116,11 +116,11 @@ def write_record(
     _write_lines(folder / "reports.jsonl", [_report(note, len(reporter.sources)) for note in full])
     translations = folder / "translations"
     translations.mkdir()
-    _write_text(translations / "source.txt", reporter.sources)
-    _write_text(translations / "target.txt", reporter.references)
+    write_text(translations / "source.txt", reporter.sources)
+    write_text(translations / "target.txt", reporter.references)
     for note in full:
         name = f"step_{note['step']:06d}_epoch_{note['epoch']:.2f}.txt"
-        _write_text(translations / name, note["translations"])
+        write_text(translations / name, note["translations"])
     if names:
         gate_table(names, progress.notes).to_parquet(folder / "gates.parquet", index=False)
     _write_events(events, progress, full)
@@ -149,7 +149,13 @@ def _write_lines(path: Path, rows: Sequence[Mapping]) -> None:
     path.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
 
 
-def _write_text(path: Path, lines: Sequence[str]) -> None:
+def read_json(path: str | Path) -> dict:
+    """Return the content of a JSON file."""
+    return json.loads(Path(path).read_text())
+
+
+def write_text(path: Path, lines: Sequence[str]) -> None:
+    """Write sentences, one a line."""
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 

@@ -4,7 +4,6 @@ Shapes: H heads, T queries, S keys, d head size, V tokens of the vocabulary.
 """
 
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,25 +14,13 @@ from torch import Tensor, nn
 
 from headroom.attention import attention_modules, tapped
 from headroom.errors import InputError
+from headroom.gates.gated import attention_kind, attention_layer
 
 if TYPE_CHECKING:
     from transformers import MarianMTModel
 
 ATTENTIONS = ("encoder", "decoder", "cross")
 POSITIONAL = 0.9  # share of queries from which a head counts as positional
-_PLACE = re.compile(r"(?:^|\.)(encoder|decoder)\.layers\.(\d+)\.(self_attn|encoder_attn)$")
-
-
-def place(name: str) -> tuple[str, int]:
-    """Return which attention a Marian module is (encoder, decoder or cross) and its layer, from 1.
-
-    Raises:
-        InputError: for the name of another module.
-    """
-    found = _PLACE.search(name)
-    if not found or (found[1] == "encoder" and found[3] == "encoder_attn"):
-        raise InputError(f"{name!r} is no attention of a Marian (allowed: …encoder.layers.0.…)")
-    return ("cross" if found[3] == "encoder_attn" else found[1]), int(found[2]) + 1
 
 
 @dataclass(frozen=True)
@@ -92,7 +79,10 @@ def roles(
     """
     if unknown := set(attentions) - set(ATTENTIONS):
         raise InputError(f"attention {min(unknown)!r} (allowed: {', '.join(ATTENTIONS)})")
-    places = {module: place(name) for name, module in attention_modules(model)}
+    places = {
+        module: (attention_kind(name), attention_layer(name))
+        for name, module in attention_modules(model)
+    }
     wanted = {module: at for module, at in places.items() if at[0] in attentions}
     tallies = _observe(model, pairs, frequency, wanted)
     if not all(tally.real for tally in tallies.values()):

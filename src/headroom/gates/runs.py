@@ -240,6 +240,7 @@ def _train(
     seed: int,
 ) -> Progress:
     model, steps = gated.model, settings["steps"]
+    torch.set_num_threads(settings["threads"])  # a start from scratch has set its own
     batches = Batches(pairs, settings["batch_tokens"], seed)
     plain = pair_loss(pairs, model.config.pad_token_id, settings["smoothing"])
 

@@ -254,7 +254,7 @@ def test_the_page_of_runs_has_intervals_in_figures_and_overlaps_in_words():
     text = page.runs_page(runs(), "a <setting>", cost)
     assert "65.95 [64.95, 66.95]" in text
     assert "−0.10 [−1.10, +0.90]" in text and "a &lt;setting&gt;" in text
-    assert "At batch size 1 intervals overlap with that of base" in text
+    assert "At batch size 1 the middle halves of the runs overlap with those of base" in text
     assert "does not promise large gains" in text
     assert "Claims need three seeds" in page.runs_page(runs(seeds=(0,)), "s", None)
     apart = cost.assign(high=cost.low)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from headroom.errors import InputError
+from headroom.gates.gated import attention_kind, attention_layer
 from headroom.gates.removal import remove
-from headroom.gates.roles import place, roles
+from headroom.gates.roles import roles
 
 from .small_translators import translator
 
@@ -140,12 +141,13 @@ def test_heads_that_are_gone_have_no_role():
 
 
 def test_places_and_what_is_refused():
-    assert place("model.encoder.layers.0.self_attn") == ("encoder", 1)
-    assert place("model.decoder.layers.11.self_attn") == ("decoder", 12)
-    assert place("model.decoder.layers.1.encoder_attn") == ("cross", 2)
-    for name in ("model.encoder.layers.0.encoder_attn", "model.layers.0.self_attn"):
-        with pytest.raises(InputError, match="no attention of a Marian"):
-            place(name)
+    for name, kind, layer in (
+        ("model.encoder.layers.0.self_attn", "encoder", 1),
+        ("model.decoder.layers.11.self_attn", "decoder", 12),
+        ("model.decoder.layers.1.encoder_attn", "cross", 2),
+        ("model.layers.3.self_attn", "decoder", 4),  # of a decoder-only model
+    ):
+        assert (attention_kind(name), attention_layer(name)) == (kind, layer)
     with pytest.raises(InputError, match="attention 'self'"):
         roles(translator(), PAIRS, FREQUENCY, ["self"])
     for pairs in ([], [{"input_ids": torch.tensor([[1]]), "labels": torch.tensor([[1]])}]):

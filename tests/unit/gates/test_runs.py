@@ -83,7 +83,7 @@ class Numbers:
 
     bos_token_id, eos_token_id, pad_token_id = None, 1, 0
 
-    def __call__(self, sentences, verbose):
+    def __call__(self, sentences, **options):
         return {"input_ids": [[*map(int, text.split()), 1] for text in sentences]}
 
     def batch_decode(self, tokens_BT, **options):
