@@ -35,8 +35,8 @@ bench: $(STAMP)  ## speed beside the alternative, in one run
 	$(BIN)/python benchmarks/similarity.py
 	$(BIN)/python benchmarks/ffn.py
 
-verify: $(STAMP)  ## the hashes of every checkpoint under results/
-	PYTHONPATH=src $(BIN)/python -m headroom.verify results/checkpoints
+verify: $(STAMP)  ## the hashes of every checkpoint and record under results/
+	PYTHONPATH=src $(BIN)/python -m headroom.verify results
 
 lock:  ## write requirements.lock anew from pyproject.toml
 	$(PYTHON) -m venv build/lock

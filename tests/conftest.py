@@ -15,6 +15,7 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
 def pytest_collection_modifyitems(items):
     """Let one process do the real runs, the longest work, first; files stay whole in the others."""
     real = ROOT / "workflow"

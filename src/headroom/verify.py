@@ -1,4 +1,4 @@
-"""Compare the files of checkpoint folders with the hashes in their manifests."""
+"""Compare the files of checkpoints and records with the hashes in their manifests."""
 
 import sys
 from pathlib import Path
@@ -8,9 +8,9 @@ from headroom.errors import InputError
 
 
 def verify(root: Path) -> list[str]:
-    """Return one line for each damaged checkpoint folder under ``root``."""
+    """Return one line for each damaged folder with a manifest under ``root``."""
     damaged = []
-    for manifest in sorted(root.glob(f"*/{MANIFEST}")):
+    for manifest in sorted(root.rglob(MANIFEST)):
         try:
             check_manifest(manifest.parent, hashes=True)
         except InputError as error:
@@ -20,5 +20,5 @@ def verify(root: Path) -> list[str]:
 
 if __name__ == "__main__":
     lines = verify(Path(sys.argv[1]))
-    print("\n".join(lines) or "every checkpoint is as it was written")
+    print("\n".join(lines) or "everything with a manifest is as it was written")
     sys.exit(bool(lines))
