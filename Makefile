@@ -26,7 +26,7 @@ lint: $(STAMP)
 	$(BIN)/snakemake --lint
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest -m "not browser" -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -m "not browser" -n 2
 
 browser: $(STAMP)  ## the report in headless Chromium (Debian: chromium chromium-driver)
 	$(BIN)/python -m pytest -m browser

@@ -1,10 +1,6 @@
 """What holds for every test: the same random numbers each time, and who runs it."""
 
-from pathlib import Path
-
 import pytest
-
-ROOT = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -15,11 +11,14 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
-def pytest_collection_modifyitems(items):
-    """Let one process do the real runs, the longest work, first; files stay whole in the others."""
-    real = ROOT / "workflow"
-    items.sort(key=lambda item: real not in item.path.parents)
-    for item in items:
-        name = "workflow" if real in item.path.parents else str(item.path.relative_to(ROOT))
-        item.add_marker(pytest.mark.xdist_group(name))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Let one process do the real runs, which share their results; other files stay whole too."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            name = nodeid.split("::")[0]
+            return "workflow" if name.startswith("tests/workflow/") else name
+
+    return ByFile(config, log)

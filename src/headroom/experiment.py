@@ -19,6 +19,7 @@ from headroom.heads import families
 from headroom.recipes import TRANSLATOR_STEPS, Recipe, format_step, parse_recipe
 
 STUDIES = ("heads", "ffn")  # those that are made of a checkpoint and calibration text
+COUNTED_BYTES = 50_000_000  # of a file whose lines are counted while the workflow is read
 WINDOW = 1024  # tokens of a window where the configuration names none
 
 
@@ -108,12 +109,26 @@ def _complete_pairs(name: str, source: dict) -> None:
         source["path"][split] = [
             file for part in files for file in _files(f"pairs.{name}.path.{split}", part)
         ]
+        _check_aligned(f"pairs.{name}.path.{split}", source["path"][split])
     if "cldr" in source:
         check_locales(source["cldr"]["locales"], f"pairs.{name}.cldr.locales")
         source["versions"] = {
             package: installed_version(package, f"pairs.{name}.cldr")
             for package in ("babel", "num2words")
         }
+
+
+def _check_aligned(key: str, files: list[str]) -> None:
+    """Refuse two files of unequal length before a job runs; huge ones are counted in the job."""
+    if len(files) != 2 or max(Path(file).stat().st_size for file in files) > COUNTED_BYTES:
+        return
+    texts = [Path(file).read_bytes() for file in files]
+    lines = [text.count(b"\n") + (not text.endswith(b"\n") and bool(text)) for text in texts]
+    if lines[0] != lines[1]:
+        raise InputError(
+            f"config key {key}: {files[0]} has {lines[0]} lines and {files[1]} {lines[1]} (allowed:"
+            f" as many)"
+        )
 
 
 def _check_translator(name: str, source: dict, gates: dict | None) -> None:

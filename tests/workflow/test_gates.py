@@ -109,7 +109,6 @@ def aligned(folder, train, validation=("good morning",), test=("good night",)):
 
 
 IN_THE_JOB = {
-    "unequal": ({"train": {"en": ["a", "b"], "de": ["A"]}}, "has 2 lines and"),
     "empty_pair": ({"train": ["a", "b"], "test": ["c", ""]}, "line 2"),
 }
 
@@ -124,6 +123,14 @@ def test_bad_pairs_are_one_line_that_names_the_file(empty, case):
     assert log[-1].startswith("headroom: config key pairs.cldr.path.") and said in log[-1]
     assert log[-1] in result.stdout + result.stderr
     assert not (empty.folder / "results/pairs/cldr/train.parquet").exists()
+
+
+def test_files_of_unequal_length_are_refused_before_any_job(empty):
+    empty.configure(aligned(empty.folder, {"en": ["a", "b"], "de": ["A"]}))
+    result = empty.run("--cores", "1", check=False)
+    said = "headroom: config key pairs.cldr.path.train: train.en has 2 lines and train.de 1"
+    assert result.returncode and said in result.stderr
+    assert not (empty.folder / "results").exists()
 
 
 def test_leaking_and_empty_training_pairs_go_and_are_counted(empty):

@@ -251,7 +251,7 @@ def _against_heads(axis, rows: pd.DataFrame, heads: int) -> None:
         if part.seed.nunique() > 1:
             axis.plot(means.x, means.bleu, color=colour, **DASH)
         _run_marks(axis, part, colour, marker, f"{words} ({_seeds(part)})", bars=method == "lambda")
-    axis.xaxis.set_major_locator(MaxNLocator(10, steps=[1, 2, 5, 10], integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(10, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     axis.set(xlabel=f"heads left (of {heads} gated ones)", ylabel="BLEU (higher is better)")
     axis.margins(x=0.07, y=0.1)
 

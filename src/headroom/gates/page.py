@@ -27,6 +27,7 @@ SHRUNK = 0.58  # a page's pixels a pixel of a figure: letters are as large as th
 NARROW = 300  # pixels below which no figure goes
 
 
+LEAST = 5.0  # BLEU of a translator worth gating
 METHODS_SAID = (
     "Means over seeds; differences with intervals over sentences and seeds. Seeds vary gate noise, "
     "dropout and order (from scratch: the weights too), on one translator. A verdict needs the "
@@ -148,7 +149,7 @@ def runs_page(
     parts = [
         LAYOUT,
         f"<h2>Methods</h2><p>{METHODS_SAID}</p>{methods}" if methods else "",
-        f"<h2>All runs</h2><p>{escape(setting)}</p><p>{_seeds_said(runs)}</p>",
+        f"<h2>All runs</h2><p>{escape(setting)}</p><p>{_seeds_said(runs)} {_warned(runs)}</p>",
         _shown(runs).to_html(index=False, border=0, na_rep="", classes="runs"),
     ]
     if cost is not None and len(cost):
@@ -210,6 +211,20 @@ def _seeds_said(runs: pd.DataFrame) -> str:
         f"{fewest} seed{'s' if fewest > 1 else ''} of a method at the fewest: intervals, over "
         "sentences, don't cover what another seed would change. Claims need three seeds or more."
     )
+
+
+def _warned(runs: pd.DataFrame) -> str:
+    """Say what makes the table worth little."""
+    base, gated = runs[runs.method == UNTOUCHED], runs[runs.method == "lambda"]
+    said = []
+    if len(base) and base.bleu.iloc[0] < LEAST:
+        said.append(
+            f"The untouched translator has {base.bleu.iloc[0]:.1f} BLEU: a model that does not "
+            "translate tells nothing about its heads."
+        )
+    if len(gated) > 1 and (gated.open_heads == gated.heads).all():
+        said.append("No price closed a head: raise lambdas, steps or gate_learning_rate.")
+    return " ".join(said)
 
 
 def _overlaps(cost: pd.DataFrame) -> str:
