@@ -74,6 +74,11 @@ def attention_modules(model: "PreTrainedModel") -> list[tuple[str, nn.Module]]:
     ]
 
 
+def head_count(module: nn.Module) -> int:
+    """H, the query heads of an attention module."""
+    return module.q_proj.out_features // module.head_dim
+
+
 def check_family(model: "PreTrainedModel") -> None:
     """Refuse a model whose attention is not that of a served decoder.
 

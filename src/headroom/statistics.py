@@ -4,7 +4,7 @@ Resampling is over documents, the units that were drawn independently; tokens of
 not. One document has no interval, so two are asked for.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -72,7 +72,7 @@ def bootstrap_ratio(
     columns = columns[columns[:, 1] > 0]
     every = np.vstack([columns.sum(0), resampled_sums(columns, resamples, seed)])
     ratio = _ratio(*every.T, transform)
-    return _interval(ratio[0], ratio[1:], confidence)
+    return interval(ratio[0], ratio[1:], confidence)
 
 
 def paired_bootstrap_ratio_difference(
@@ -112,7 +112,7 @@ def paired_bootstrap_ratio_difference(
         if base[0] == 0:
             return None
         change = change[base != 0] / base[base != 0]
-    return _interval(change[0], change[1:], confidence)
+    return interval(change[0], change[1:], confidence)
 
 
 def seeded_loss_difference(
@@ -142,11 +142,32 @@ def seeded_loss_difference(
     columns = _columns(*difference_SN, tokens_N)
     columns = columns[columns[:, -1] > 0]
     every = np.vstack([columns.sum(0), resampled_sums(columns, resamples, seed)])
-    mean_RS = every[:, :-1] / every[:, -1:]
-    seeds = mean_RS.shape[1]
+    return interval_over_seeds(every[:, :-1] / every[:, -1:], seed, confidence)
+
+
+def interval_over_seeds(every_RS: np.ndarray, seed: int, confidence: float) -> Interval:
+    """Interval of a mean over seeds, seeds drawn with replacement in each resample.
+
+    Args:
+        every_RS: (1 + R, S), the estimate of each seed first, then its resamples.
+        seed: of the draw.
+    """
+    resamples, seeds = len(every_RS) - 1, every_RS.shape[1]
     chosen_RS = np.random.default_rng((seed, seeds)).integers(seeds, size=(resamples, seeds))
-    samples = np.take_along_axis(mean_RS[1:], chosen_RS, axis=1).mean(1)
-    return _interval(mean_RS[0].mean(), samples, confidence)
+    samples = np.take_along_axis(every_RS[1:], chosen_RS, axis=1).mean(1)
+    return interval(every_RS[0].mean(), samples, confidence)
+
+
+def verdict(difference: Interval, by_seed: Sequence[float]) -> str:
+    """Return ``better``, ``worse`` or ``undecided``.
+
+    Better where the interval of the difference lies above 0 and every seed's own difference does,
+    worse alike below: the interval alone is too narrow at a few seeds.
+    """
+    for name, sign in (("better", 1), ("worse", -1)):
+        if all(sign * value > 0 for value in (difference.low, difference.high, *by_seed)):
+            return name
+    return "undecided"
 
 
 def wilson(successes: int, trials: int, confidence: float = 0.95) -> Interval:
@@ -190,7 +211,8 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray, transform: Transform 
     return ratio if transform is None else transform(ratio)
 
 
-def _interval(value: float, samples: np.ndarray, confidence: float) -> Interval:
+def interval(value: float, samples: np.ndarray, confidence: float) -> Interval:
+    """Percentile interval of an estimate from its resamples."""
     normal_quantile(confidence)  # the range check
     tail = (1 - confidence) / 2
     low, high = np.quantile(samples, [tail, 1 - tail])

@@ -1,5 +1,6 @@
 """Real Snakemake runs on a copy of the project, so that tests may edit its code."""
 
+import copy
 import os
 import re
 import shutil
@@ -100,6 +101,17 @@ SMALL = {
     },
 }
 TARGETS = ("job", "all", "heads", "ffn", "gates")  # no jobs of their own
+
+
+def changed(path, value, config=SMALL):
+    """A copy of an experiment with one setting changed; a number in the path counts in a list."""
+    config = copy.deepcopy(config)
+    node = config
+    *keys, last = path.split(".")
+    for key in keys:
+        node = node.setdefault(key, {}) if isinstance(node, dict) else node[int(key)]
+    node[last] = value
+    return config
 
 
 class Workflow:

@@ -1,24 +1,13 @@
 """What a user sees of a mistake: one line that names the key, before jobs start where possible."""
 
-import copy
 import json
 import re
 
 import pytest
 
-from .conftest import SMALL
+from .conftest import SMALL, changed
 
 pytestmark = pytest.mark.workflow
-
-
-def changed(path, value):
-    config = copy.deepcopy(SMALL)
-    node = config
-    *keys, last = path.split(".")
-    for key in keys:
-        node = node.setdefault(key, {})
-    node[last] = value
-    return config
 
 
 BEFORE = {

@@ -1,6 +1,6 @@
 """Gated runs as a user has them: killed in their midst, leaking pairs, bad input, all files."""
 
-import copy
+import functools
 import json
 import os
 import signal
@@ -11,7 +11,7 @@ import time
 import pandas as pd
 import pytest
 
-from .conftest import SMALL
+from .conftest import SMALL, changed
 
 pytestmark = pytest.mark.workflow
 
@@ -19,17 +19,8 @@ ALONE = {
     "checkpoints": {},
     **{name: SMALL[name] for name in ("pairs", "translators", "evaluation", "gates")},
 }
+alone = functools.partial(changed, config=ALONE)
 RUN = "results/gates/phrases/runs/gate-l0.10"
-
-
-def changed(path, value):
-    config = copy.deepcopy(ALONE)
-    node = config
-    *keys, last = path.split(".")
-    for key in keys:
-        node = node.setdefault(key, {})
-    node[last] = value
-    return config
 
 
 def results(folder):
@@ -45,7 +36,7 @@ def results(folder):
 def test_a_run_killed_in_its_midst_ends_with_the_same_numbers(empty, tmp_path_factory):
     whole = tmp_path_factory.mktemp("whole")
     empty.edit("src/headroom/training.py", "save_seconds: float = 30.0", "save_seconds: float = 0")
-    empty.configure(changed("gates.steps", 120))
+    empty.configure(alone("gates.steps", 120))
     empty.run("--cores", "1", "results/checkpoints/phrases")
     subprocess.run(["cp", "-a", f"{empty.folder}/.", whole], check=True)
     command = [sys.executable, "-m", "snakemake", "--cores", "1", RUN]
@@ -73,12 +64,12 @@ def test_a_run_killed_in_its_midst_ends_with_the_same_numbers(empty, tmp_path_fa
 
 
 BEFORE = {
-    "price": (changed("gates.lambdas", [-0.1]), "gates.lambdas.0 is -0.1: at least 0 is allowed"),
-    "heads": (changed("gates.target_heads", [5]), "gates.target_heads: 5 heads, but 4 heads"),
-    "pairs": (changed("translators.phrases.pairs", "wmt"), "wmt is not among pairs (cldr)"),
-    "locale": (changed("pairs.cldr.cldr.locales", ["en", "xx"]), "no locale 'xx'"),
+    "price": (alone("gates.lambdas", [-0.1]), "gates.lambdas.0 is -0.1: at least 0 is allowed"),
+    "heads": (alone("gates.target_heads", [5]), "gates.target_heads: 5 heads, but 4 heads"),
+    "pairs": (alone("translators.phrases.pairs", "wmt"), "wmt is not among pairs (cldr)"),
+    "locale": (alone("pairs.cldr.cldr.locales", ["en", "xx"]), "no locale 'xx'"),
     "file": (
-        changed("pairs.cldr", {"path": {s: ["gone.en"] for s in ("train", "validation", "test")}}),
+        alone("pairs.cldr", {"path": {s: ["gone.en"] for s in ("train", "validation", "test")}}),
         "there is no file gone.en",
     ),
     "nothing": ({"gates": {}}, "config needs checkpoints or translators"),
@@ -105,7 +96,7 @@ def aligned(folder, train, validation=("good morning",), test=("good night",)):
         path[split] = [f"{split}.en", f"{split}.de"]
         for side, lines in sides.items():
             (folder / f"{split}.{side}").write_text("".join(f"{line}\n" for line in lines))
-    return changed("pairs.cldr", {"path": path})
+    return alone("pairs.cldr", {"path": path})
 
 
 IN_THE_JOB = {
@@ -146,7 +137,7 @@ def test_leaking_and_empty_training_pairs_go_and_are_counted(empty):
 
 
 def test_a_diverging_run_says_so_and_leaves_nothing(empty):
-    config = changed("translators.phrases.train.learning_rate", 1.0e30)
+    config = alone("translators.phrases.train.learning_rate", 1.0e30)
     config["translators"]["phrases"]["train"]["schedule"] = "constant"
     empty.configure(config)
     result = empty.run("--cores", "1", "results/checkpoints/phrases", check=False)

@@ -6,22 +6,12 @@ import shutil
 
 import pytest
 
-from .conftest import SMALL
+from .conftest import SMALL, changed
 
 pytestmark = pytest.mark.workflow
 
 MERGES, PRUNES, SEEDS = 2, 1, 2  # derived checkpoints of the small experiment, draws of text
 GATES = 4  # runs of its translator, one of them a control
-
-
-def changed(path, value):
-    config = copy.deepcopy(SMALL)
-    node = config
-    *keys, last = path.split(".")
-    for key in keys:
-        node = node.setdefault(key, {}) if isinstance(node, dict) else node[int(key)]
-    node[last] = value
-    return config
 
 
 def test_a_second_run_does_nothing(finished):

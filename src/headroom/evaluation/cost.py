@@ -166,16 +166,17 @@ def _decode(model, wanted: Mapping) -> float:
     """Seconds for ``new_tokens`` greedy steps after a prompt that is already in the cache."""
     prompt = torch.ones(wanted["batch"], wanted["prompt"], dtype=torch.long, device=model.device)
     state = model(input_ids=prompt, use_cache=True)
-    _wait(model)
+    wait(model)
     started = time.perf_counter()
     for _ in range(wanted["new_tokens"]):
         token = state.logits[:, -1:].argmax(-1)
         state = model(input_ids=token, past_key_values=state.past_key_values, use_cache=True)
-    _wait(model)
+    wait(model)
     return time.perf_counter() - started
 
 
-def _wait(model) -> None:
+def wait(model) -> None:
+    """Wait until the GPU has done what was asked of it."""
     if model.device.type == "cuda":
         torch.cuda.synchronize()
 

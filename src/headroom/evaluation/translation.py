@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from headroom.errors import InputError
-from headroom.statistics import Interval, normal_quantile, resampled_sums
+from headroom.statistics import Interval, interval, interval_over_seeds, resampled_sums
 
 ORDERS = 4  # of n-grams
 COUNTS = (
@@ -271,7 +271,8 @@ def bleu_interval(counts_N10: np.ndarray, bootstrap: Mapping) -> Interval:
     Raises:
         InputError: with fewer than two sentences or resamples.
     """
-    return _interval(_resampled_bleu(np.asarray(counts_N10)[None], bootstrap)[:, 0], bootstrap)
+    every = _resampled_bleu(np.asarray(counts_N10)[None], bootstrap)[:, 0]
+    return interval(every[0], every[1:], bootstrap["confidence"])
 
 
 def bleu_difference(
@@ -282,7 +283,7 @@ def bleu_difference(
     mean_s BLEU(second_s) − BLEU(first_s). A resample draws sentences and, independently, seeds with
     replacement, the same ones for both systems. One seed leaves only the sentences' spread. A
     bootstrap over S seeds holds (S − 1)/S of their variance, so that at three it is too narrow:
-    read it with the signs of the single seeds (:func:`verdict`).
+    read it with the signs of the single seeds (:func:`headroom.statistics.verdict`).
 
     Args:
         first_SN10, second_SN10: counts by seed and sentence; a system of one seed is held against
@@ -302,10 +303,7 @@ def bleu_difference(
         raise ValueError(f"{len(first)} seeds against {len(second)}")
     # Both draw the sentences of bootstrap["seed"] and N, so row r is the same resample in both.
     every = _resampled_bleu(second, bootstrap) - _resampled_bleu(first, bootstrap)
-    rng = np.random.default_rng((bootstrap["seed"], seeds))
-    chosen_RS = rng.integers(seeds, size=(len(every) - 1, seeds))
-    samples_R = np.take_along_axis(every[1:], chosen_RS, axis=1).mean(1)
-    return _interval([every[0].mean(), *samples_R], bootstrap)
+    return interval_over_seeds(every, bootstrap["seed"], bootstrap["confidence"])
 
 
 def _resampled_bleu(counts_SN10: np.ndarray, bootstrap: Mapping) -> np.ndarray:
@@ -317,23 +315,3 @@ def _resampled_bleu(counts_SN10: np.ndarray, bootstrap: Mapping) -> np.ndarray:
     resampled = resampled_sums(columns, bootstrap["resamples"], bootstrap["seed"])
     every = np.vstack([columns.sum(0), resampled]).reshape(-1, seeds, width)
     return np.array([[bleu(sums_10) for sums_10 in sums_S10] for sums_S10 in every])
-
-
-def _interval(values: Sequence[float], bootstrap: Mapping) -> Interval:
-    """Of the estimate, which comes first, and its resamples."""
-    normal_quantile(bootstrap["confidence"])  # the range check
-    tail = (1 - bootstrap["confidence"]) / 2
-    low, high = np.quantile(values[1:], [tail, 1 - tail])
-    return Interval(float(values[0]), float(low), float(high))
-
-
-def verdict(difference: Interval, by_seed: Sequence[float]) -> str:
-    """Return ``better``, ``worse`` or ``undecided``.
-
-    Better where the interval of the difference lies above 0 and every seed's own difference does,
-    worse alike below: the interval alone is too narrow at a few seeds.
-    """
-    for name, sign in (("better", 1), ("worse", -1)):
-        if all(sign * value > 0 for value in (difference.low, difference.high, *by_seed)):
-            return name
-    return "undecided"

@@ -15,7 +15,7 @@ from headroom.errors import InputError
 from headroom.ffn.families import DENSE, baseline
 from headroom.pages import page
 from headroom.recipes import parse_step
-from headroom.statistics import seeded_loss_difference
+from headroom.statistics import seeded_loss_difference, verdict
 
 FIELDS = ("score", "fusion", "selection", "ratio", "strategy", "cost", "solver")
 SETTING = ("corpus", "split", "window", "windows", "choice", "boundary", "dtype")
@@ -36,7 +36,6 @@ FEW = (
     "Only {} documents were read: intervals over so few say little "
     "(evaluation.choice: spread, or more evaluation.sequences, reads more)."
 )
-SIGN = {"better": 1, "worse": -1}
 
 
 def step_fields(step: str) -> dict:
@@ -215,16 +214,9 @@ def verdicts(documents: Mapping[int, pd.DataFrame], bootstrap: Mapping) -> pd.Da
         own_S = losses.by_seed(other, seeds) - losses.by_seed(step, seeds)
         names = {"step": step, "baseline": other, "difference": found.value}
         bounds = {"low": found.low, "high": found.high, "seeds": len(seeds)}
-        rows.append(names | bounds | {"verdict": _verdict(found.low, found.high, own_S)})
+        rows.append(names | bounds | {"verdict": verdict(found, own_S)})
     columns = ("step", "baseline", "difference", "low", "high", "seeds", "verdict")
     return pd.DataFrame(rows, columns=list(columns))
-
-
-def _verdict(low: float, high: float, own_S: np.ndarray) -> str:
-    for verdict, sign in SIGN.items():
-        if min(sign * low, sign * high) > 0 and (sign * own_S > 0).all():
-            return verdict
-    return "undecided"
 
 
 def without_baseline(steps: Iterable[str]) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from headroom.errors import InputError
+from headroom.evaluation.cost import wait
 
 if TYPE_CHECKING:
     from transformers import MarianMTModel
@@ -111,7 +112,7 @@ def _take_turns(
 @torch.no_grad()
 def _generate(model: "MarianMTModel", input_BS: Tensor, new_tokens: int) -> float:
     """Seconds to generate exactly so many tokens for each sentence."""
-    _wait(model)
+    wait(model)
     started = time.perf_counter()
     output_BT = model.generate(
         input_ids=input_BS,
@@ -122,7 +123,7 @@ def _generate(model: "MarianMTModel", input_BS: Tensor, new_tokens: int) -> floa
         do_sample=False,
         use_cache=True,
     )
-    _wait(model)
+    wait(model)
     seconds = time.perf_counter() - started
     if output_BT.shape[1] != 1 + new_tokens:
         raise RuntimeError(f"{output_BT.shape[1] - 1} tokens generated instead of {new_tokens}")
@@ -136,8 +137,3 @@ def _tokens(model: "MarianMTModel", batch: int, length: int) -> Tensor:
     special = {config.pad_token_id, config.decoder_start_token_id, *ends}
     ordinary = next(token for token in range(config.vocab_size) if token not in special)
     return torch.full((batch, length), ordinary, dtype=torch.long, device=model.device)
-
-
-def _wait(model: "MarianMTModel") -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()

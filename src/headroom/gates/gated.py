@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from headroom.attention import attention_modules, tapped
+from headroom.attention import attention_modules, head_count, tapped
 from headroom.errors import InputError
 from headroom.gates import hard_concrete
 
@@ -45,11 +45,6 @@ def gated_modules(model: nn.Module, attentions: Sequence[str]) -> dict[str, nn.M
                 f"(allowed: {', '.join(kinds)})"
             )
     return {name: module for name, module in every.items() if attention_kind(name) in attentions}
-
-
-def head_count(module: nn.Module) -> int:
-    """H, the query heads of an attention module."""
-    return module.q_proj.out_features // module.head_dim
 
 
 class Gated(nn.Module):

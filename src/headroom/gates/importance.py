@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from headroom.attention import tapped
+from headroom.attention import head_count, tapped
 from headroom.corpora.pair_tokens import Batches, PairTokens
-from headroom.gates.gated import Gated, gated_modules, head_count
+from headroom.gates.gated import Gated, gated_modules
 from headroom.gates.translator import pair_loss
 from headroom.training import LossSum
 

@@ -110,9 +110,8 @@ def gate_translator(
         halvings,
     )
     found = remove_heads(gated.model, gated.gates(), checked, checkpoint, outputs)
-    write_record(outputs["record"], outputs["events"], progress, reporter, gated.names)
     write_json(outputs["record"] / "removal.json", found)
-    write_manifest(outputs["record"])
+    write_record(outputs["record"], outputs["events"], progress, reporter, gated.names)
 
 
 def _checked_batch(model, reporter: Reporter, settings: Mapping) -> dict[str, Tensor]:
@@ -149,7 +148,6 @@ def remove_heads(
     Raises:
         RuntimeError: if what was written does not compute what the gated model does.
     """
-    heads = {name: len(values) for name, values in gates.items()}
     before = _sizes(model, "_before")
     smaller, stock = copy.deepcopy(model), copy.deepcopy(model)
     removal.remove(smaller, gates)
@@ -165,7 +163,7 @@ def remove_heads(
         "kept": kept,
         "gates": {name: values.tolist() for name, values in gates.items()},
         "open_heads": sum(map(len, kept.values())),
-        "heads": sum(heads.values()),
+        "heads": sum(map(len, gates.values())),
         "largest_logit_difference": max(differences),
         **before,
         **_sizes(smaller, ""),

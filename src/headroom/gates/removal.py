@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from headroom.attention import attention_modules, tapped
+from headroom.attention import attention_modules, head_count, tapped
 from headroom.checkpoints import Tensors, read_config, resolve_device, write_json, write_manifest
+from headroom.corpora.pair_tokens import IGNORED
 from headroom.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import MarianMTModel
-
-IGNORED = -100  # a label that no loss counts
 
 # Module names as attention_modules gives them -> (H,) values in [0, 1]; exactly 0 means closed.
 Gates = Mapping[str, Tensor]
@@ -115,7 +114,7 @@ def _gated(model: "MarianMTModel", gates: Gates) -> dict[str, tuple[nn.Module, T
         if name not in modules:
             raise InputError(f"gates name the module {name!r} (allowed: {', '.join(modules)})")
         module = modules[name]
-        heads = module.q_proj.out_features // module.head_dim
+        heads = head_count(module)
         gate_H = torch.as_tensor(gate_H).detach().to(module.q_proj.weight)
         if gate_H.shape != (heads,) or not bool(((gate_H >= 0) & (gate_H <= 1)).all()):
             raise InputError(
@@ -200,10 +199,7 @@ def save(model: "MarianMTModel", folder: Path, kept: Mapping[str, list[int]]) ->
 
 def _head_counts(model: nn.Module) -> dict[str, int]:
     """Return how many heads each attention has, those without any included."""
-    counts = {
-        name: module.q_proj.out_features // module.head_dim
-        for name, module in attention_modules(model)
-    }
+    counts = {name: head_count(module) for name, module in attention_modules(model)}
     closed = {name for name, part in model.named_modules() if isinstance(part, ClosedAttention)}
     return counts | dict.fromkeys(closed, 0)
 

@@ -105,8 +105,8 @@ def write_record(
     """Write what a training left: log, reports, translations, gates, and TensorBoard's events.
 
     Args:
-        folder: an empty one.
-        events: another, for TensorBoard.
+        folder: where they go; what lies there enters the manifest too.
+        events: an empty one, for TensorBoard.
         progress: what :func:`headroom.training.train` returned.
         reporter: whose sentences were translated.
         names: gated attention modules.

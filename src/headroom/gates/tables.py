@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from headroom.evaluation.translation import COUNTS, bleu_difference, bleu_interval, verdict
+from headroom.evaluation.translation import COUNTS, bleu_difference, bleu_interval
 from headroom.gates.methods import UNTOUCHED, styles
 from headroom.recipes import Gate, canonical, parse_step
-from headroom.statistics import Interval
+from headroom.statistics import Interval, verdict
 
 CONTROL = f"l{canonical(0)}"
 

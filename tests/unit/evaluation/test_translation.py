@@ -24,9 +24,8 @@ from headroom.evaluation.translation import (
     check_case,
     score,
     translate,
-    verdict,
 )
-from headroom.statistics import Interval
+from headroom.statistics import Interval, verdict
 
 WORDS = 37
 LONGEST = 24

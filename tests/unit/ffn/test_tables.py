@@ -7,6 +7,7 @@ import pytest
 from headroom.errors import InputError
 from headroom.ffn import tables
 from headroom.ffn.tables import as_html, baseline, describe, one_setting, summary, table, verdicts
+from headroom.statistics import Interval, verdict
 
 BOOTSTRAP = {"resamples": 300, "confidence": 0.95, "seed": 0}
 TOKENS = np.random.default_rng(1).integers(50, 200, 40)
@@ -146,11 +147,11 @@ def test_verdicts_need_the_interval_and_every_seed():
 
 def test_one_seed_against_the_others_leaves_it_undecided():
     losses = np.array([0.2, 0.3, -0.001])
-    assert tables._verdict(0.05, 0.3, losses) == "undecided"
-    assert tables._verdict(0.05, 0.3, np.abs(losses)) == "better"
-    assert tables._verdict(-0.3, -0.05, -np.abs(losses)) == "worse"
-    assert tables._verdict(-0.3, 0.05, -np.abs(losses)) == "undecided"
-    assert tables._verdict(0.0, 0.0, np.zeros(3)) == "undecided"
+    assert verdict(Interval(0.1, 0.05, 0.3), losses) == "undecided"
+    assert verdict(Interval(0.1, 0.05, 0.3), np.abs(losses)) == "better"
+    assert verdict(Interval(-0.1, -0.3, -0.05), -np.abs(losses)) == "worse"
+    assert verdict(Interval(-0.1, -0.3, 0.05), -np.abs(losses)) == "undecided"
+    assert verdict(Interval(0.0, 0.0, 0.0), np.zeros(3)) == "undecided"
 
 
 def test_swapping_a_step_and_its_baseline_negates_the_verdict():

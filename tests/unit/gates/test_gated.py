@@ -6,13 +6,13 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from headroom.attention import head_count
 from headroom.errors import InputError
 from headroom.gates.gated import (
     Gated,
     attention_kind,
     attention_layer,
     gated_modules,
-    head_count,
     kept_heads,
 )
 
