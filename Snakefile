@@ -10,17 +10,15 @@ if not workflow.overwrite_configfiles:
     configfile: "config.yaml"
 
 
-include: "workflow/rules/common.smk"
-include: "workflow/rules/inputs.smk"
-include: "workflow/rules/corpora.smk"
-include: "workflow/rules/checkpoints.smk"
-include: "workflow/rules/evaluation.smk"
-include: "workflow/rules/heads_inputs.smk"
-include: "workflow/rules/heads.smk"
-include: "workflow/rules/ffn_inputs.smk"
-include: "workflow/rules/ffn.smk"
-include: "workflow/rules/gates_inputs.smk"
-include: "workflow/rules/gates.smk"
+for name in ("common", "inputs", "corpora", "checkpoints", "evaluation"):
+
+    include: f"workflow/rules/{name}.smk"
+
+
+for name in ("heads", "ffn", "gates", "branches"):
+
+    include: f"workflow/rules/{name}_inputs.smk"
+    include: f"workflow/rules/{name}.smk"
 
 
 report: "workflow/report/workflow.rst"
@@ -31,6 +29,7 @@ localrules:
     heads,
     ffn,
     gates,
+    branches,
     evaluations,
 
 
@@ -40,6 +39,7 @@ rule all:
         heads_targets(),
         ffn_targets(),
         gates_targets(),
+        branches_targets(),
         evaluation_targets(),
 
 
@@ -56,6 +56,11 @@ rule ffn:
 rule gates:
     input:
         gates_targets(),
+
+
+rule branches:
+    input:
+        branches_targets(),
 
 
 rule evaluations:

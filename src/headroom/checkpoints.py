@@ -286,6 +286,18 @@ def write_derived(
     write_manifest(output)
 
 
+def copy_tokenizer(source: str | Path, output: Path) -> None:
+    """Copy the files of a tokenizer."""
+    for name in TOKENIZER_FILES:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, output / name)
+
+
+def read_json(path: str | Path) -> dict:
+    """Return the content of a JSON file."""
+    return json.loads(Path(path).read_text())
+
+
 def write_json(path: Path, value: object) -> None:
     """Write JSON that is equal for equal values: sorted keys, final newline, no NaN."""
     path.parent.mkdir(parents=True, exist_ok=True)

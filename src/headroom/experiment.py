@@ -8,6 +8,7 @@ import copy
 import glob
 from pathlib import Path
 
+from headroom.branches import grid
 from headroom.checkpoints import POSITIONS, Geometry, geometry, read_config
 from headroom.configuration import filled, load_schema
 from headroom.corpora.documentation import installed_version
@@ -30,8 +31,10 @@ def load(config: dict, schema: Path) -> dict:
         InputError: one line that names the key, what was given and what is allowed.
     """
     full = filled(config, load_schema(schema))
-    if not full["checkpoints"] and not full["translators"]:
-        raise InputError("config needs checkpoints or translators: there is no model to study")
+    if not any((full["checkpoints"], full["translators"], full["branches"]["ablations"])):
+        raise InputError(
+            "config needs checkpoints, translators or branches.ablations: there is nothing to study"
+        )
     first = next(iter(full["corpora"]))
     full["evaluation"].setdefault("corpora", [first])
     for study in STUDIES:
@@ -46,6 +49,8 @@ def load(config: dict, schema: Path) -> dict:
     families.check(full["heads"])
     ffn_families.check(full["ffn"])
     _complete_translators(full)
+    full["branches"].setdefault("corpus", first)
+    grid.check(full["branches"])
     for recipe in all_recipes(full):
         check_recipe(recipe, full)
     _check_controls(full)

@@ -1,7 +1,6 @@
 """Train a small Llama from scratch on a token stream: the base checkpoint of offline runs."""
 
 import functools
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from headroom.checkpoints import (
     POSITIONS,
-    TOKENIZER_FILES,
+    copy_tokenizer,
     resolve_device,
     write_json,
     write_manifest,
@@ -111,9 +110,7 @@ def train_language_model(
     schedule = warmup_cosine(steps, settings["warmup"])
     log = train(model, optimizer, schedule, batches, loss_sum, plan, state).log
     model.eval().save_pretrained(output)
-    for name in TOKENIZER_FILES:
-        if (Path(tokenizer) / name).is_file():
-            shutil.copyfile(Path(tokenizer) / name, output / name)
+    copy_tokenizer(tokenizer, output)
     write_json(output / "training_log.json", log)
     write_manifest(output)
 

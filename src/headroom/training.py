@@ -26,6 +26,8 @@ Batches = Callable[[int], Sequence]  # step -> the samples of its global batch
 # -> Σ loss and valid tokens of a micro-batch, and maybe other sums by name for the log.
 LossSum = Callable[[nn.Module, Sequence], tuple[Tensor, int] | tuple[Tensor, int, dict]]
 Watch = Callable[[int], dict | None]  # steps done -> what to note of the run, if anything
+# Clips gradients to a largest norm and returns one that is finite if the step may be taken.
+Clip = Callable[[torch.optim.Optimizer, float], float]
 
 
 class DivergedError(RuntimeError):
@@ -96,6 +98,18 @@ class Progress:
     pending_tokens: int = 0
 
 
+def clip_together(optimizer: torch.optim.Optimizer, most: float) -> float:
+    """Clip the gradients of the groups without ``clip: False``; return a norm, finite if all are.
+
+    A group of another kind (gates, multipliers) must not decide how far the weights go.
+    """
+    free = [p for g in optimizer.param_groups if not g.get("clip", True) for p in g["params"]]
+    clipped = [p for g in optimizer.param_groups if g.get("clip", True) for p in g["params"]]
+    norm = float(nn.utils.clip_grad_norm_(clipped, most))
+    others = float(nn.utils.get_total_norm([p.grad for p in free if p.grad is not None]))
+    return norm if math.isfinite(others) else others
+
+
 def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -105,11 +119,11 @@ def train(
     plan: Plan,
     state: Path,
     watch: Watch | None = None,
+    clip: Clip = clip_together,
 ) -> Progress:
     """Train in place and return what was noted on the way.
 
-    What a step reads is a function of its number, so a run that goes on from ``state`` ends with
-    the same bits. The caller's random state is left as it was.
+    A run that goes on from ``state`` ends with the same bits; the caller's random state stays.
 
     Args:
         model: in training mode, on its device.
@@ -118,8 +132,9 @@ def train(
         batches: samples of a step; a slice of them is a micro-batch.
         loss_sum: sum of the loss over a micro-batch, its number of valid tokens, and other sums.
         plan: steps, portions, clipping.
-        state: folder of the state; a damaged or foreign one is left aside and said so.
+        state: folder of the state; a damaged or foreign one is left aside.
         watch: called at the start and after each step; what it draws changes nothing.
+        clip: how gradients are clipped to ``plan.clip``.
 
     Returns:
         ``log``: every ``log_every`` steps means a token, rates, tokens; ``notes``: watch's rows.
@@ -134,9 +149,9 @@ def train(
         torch.manual_seed(plan.seed)
         progress = _load(state, model, optimizer, signature)
         first, saved = progress.tokens, time.monotonic()
-        bar = tqdm(total=plan.steps, initial=progress.step, file=sys.stderr, mininterval=1.0)
+        bar = tqdm(total=plan.steps, initial=progress.step, mininterval=1.0)
         _note(watch if not progress.step else None, progress)
-        for loss in _steps(model, optimizer, rates, batches, loss_sum, plan, progress):
+        for loss in _steps(model, optimizer, rates, batches, loss_sum, plan, progress, clip):
             _show(bar, loss, progress.tokens - first)
             _note(watch, progress)
             if time.monotonic() - saved > plan.save_seconds and progress.step < plan.steps:
@@ -163,6 +178,7 @@ def _steps(
     loss_sum: LossSum,
     plan: Plan,
     progress: Progress,
+    clip: Clip,
 ) -> Iterator[float]:
     """Do the steps that are left and yield the mean loss of each."""
     halvings = plan.halvings
@@ -171,7 +187,7 @@ def _steps(
             group["lr"] = peak * factor(progress.step)
         samples = batches(progress.step)
         sums, tokens, halvings = _gradients(model, samples, loss_sum, halvings, plan)
-        _update(optimizer, plan, progress, sums, tokens)
+        _update(optimizer, clip(optimizer, plan.clip), progress, sums, tokens, plan)
         yield sums["loss"] / tokens
 
 
@@ -228,27 +244,15 @@ def _gradients(
         print(f"out of GPU memory: micro-batch halved to {max(1, size // 2)}", file=sys.stderr)
 
 
-def _clip(optimizer: torch.optim.Optimizer, most: float) -> float:
-    """Clip the gradients of the groups without ``clip: False``; return a norm, finite if all are.
-
-    A group of another kind (gates, multipliers) must not decide how far the weights go.
-    """
-    free = [p for g in optimizer.param_groups if not g.get("clip", True) for p in g["params"]]
-    clipped = [p for g in optimizer.param_groups if g.get("clip", True) for p in g["params"]]
-    norm = float(nn.utils.clip_grad_norm_(clipped, most))
-    others = float(nn.utils.get_total_norm([p.grad for p in free if p.grad is not None]))
-    return norm if math.isfinite(others) else others
-
-
 def _update(
     optimizer: torch.optim.Optimizer,
-    plan: Plan,
+    norm: float,
     progress: Progress,
     sums: dict[str, float],
     count: int,
+    plan: Plan,
 ) -> None:
-    """Clip, refuse what is not finite, step, and note it in the log."""
-    norm = _clip(optimizer, plan.clip)
+    """Refuse what is not finite, step, and note it in the log."""
     if not math.isfinite(sums["loss"]) or not math.isfinite(norm):
         raise DivergedError(
             f"at step {progress.step + 1} the loss is {sums['loss'] / count:.4g} and the norm of "

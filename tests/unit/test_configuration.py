@@ -321,7 +321,7 @@ def test_bad_input_of_translators_is_one_line_that_names_the_key(key, value, sai
 def test_a_study_needs_a_model():
     for config in ({}, {"checkpoints": {}}, {"pairs": {"cldr": {"cldr": {}}}}):
         with pytest.raises(
-            InputError, match="config needs checkpoints or translators: there is no model"
+            InputError, match=r"config needs checkpoints, translators or branches\.ablations"
         ):
             load(config)
 

@@ -99,8 +99,31 @@ SMALL = {
         "batch_tokens": 256,
         "report": 2,
     },
+    "branches": {
+        "vocabulary": 300,
+        "length": 12,
+        "long_texts": "pieces",
+        "texts": {"train": 200, "evaluation": 48},
+        "layers": 1,
+        "train": {"texts": 4, "steps": 4, "warmup": 1},
+        "ablations": {
+            "branch": {
+                "architectures": [{"hidden": 32, "heads": 2}],
+                "ratios": [0, 1],
+                "train_branches": ["1-3"],
+                "evaluation_branches": [1, 4],
+                "controls": [{"mask": "isolated", "ratios": [1]}],
+            },
+            "heads": {
+                "architectures": [{"hidden": 32, "heads": 2}, {"hidden": 64, "heads": 4}],
+                "ratios": [1],
+                "train_branches": ["1-3"],
+                "evaluation_branches": [4],
+            },
+        },
+    },
 }
-TARGETS = ("job", "all", "heads", "ffn", "gates")  # no jobs of their own
+TARGETS = ("job", "all", "heads", "ffn", "gates", "branches")  # no jobs of their own
 
 
 def changed(path, value, config=SMALL):

@@ -72,7 +72,7 @@ BEFORE = {
         alone("pairs.cldr", {"path": {s: ["gone.en"] for s in ("train", "validation", "test")}}),
         "there is no file gone.en",
     ),
-    "nothing": ({"gates": {}}, "config needs checkpoints or translators"),
+    "nothing": ({"gates": {}}, "config needs checkpoints, translators or"),
 }
 
 

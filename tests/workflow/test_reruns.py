@@ -33,7 +33,32 @@ def test_comments_docstrings_touch_and_a_fresh_clone_rerun_nothing(copied):
     assert copied.planned() == {}
 
 
+ALL_ABLATIONS = {"branch_results": 2, "branch_figures": 3, "branch_architectures": 1}
+HEADS_ABLATION = {"branch_results": 1, "branch_figures": 2, "branch_architectures": 1}
+BRANCH_ABLATION = {"branch_results": 1, "branch_figures": 1}
 CASES = {
+    "ratio_added": (
+        changed("branches.ablations.branch.ratios", [0, 0.5, 1]),
+        {"train_stack": 1, "evaluate_stack": 2, **BRANCH_ABLATION},
+    ),
+    "ratio_removed": (changed("branches.ablations.branch.ratios", [1]), BRANCH_ABLATION),
+    "branch_seed_added": (
+        changed("branches.seeds", [0, 1]),
+        {"train_stack": 3, "evaluate_stack": 5, **ALL_ABLATIONS},
+    ),
+    "branch_count_added": (
+        changed("branches.ablations.branch.evaluation_branches", [1, 2, 4]),
+        {"evaluate_stack": 2, **BRANCH_ABLATION},
+    ),
+    "a_stack_keeps_its_members": (changed("branches.stack", 1), {}),
+    "rate_of_a_width": (
+        changed("branches.train.learning_rates", {64: 1.0e-3}),
+        {"train_stack": 1, "evaluate_stack": 1, **HEADS_ABLATION},
+    ),
+    "branch_evaluation_texts": (
+        changed("branches.texts.evaluation", 24),
+        {"branch_texts": 1, "evaluate_stack": 5, **ALL_ABLATIONS},
+    ),
     "threshold_added": (
         changed("heads.thresholds", [0.99, 0.5]),
         {"similar_heads": 2, "similarity_distribution": 1},
@@ -67,6 +92,7 @@ CASES = {
             "head_figures": 1,
             "ffn_figures": 1,
             "gates_figures": 1,
+            **ALL_ABLATIONS,
         },
     ),
     "latency": (
@@ -145,6 +171,13 @@ def test_a_changed_setting_reruns_exactly_its_jobs(copied, case):
 
 EDITS = {
     # file, old, new, rules that must run, rules that must not
+    "rope": (
+        "src/headroom/branches/rope.py",
+        "torch.arange(0, head_size, 2",
+        "1 * torch.arange(0, head_size, 2",
+        {"train_stack", "evaluate_stack", "branch_results"},
+        {"branch_texts", "train_branch_tokenizer", "train_checkpoint", "gate_heads"},
+    ),
     "similarity": (
         "src/headroom/heads/similarity.py",
         "torch.relu_",
@@ -236,6 +269,13 @@ RULE_SETTINGS = {
     "training_figures": ("translators.phrases.train.report", 2),
     "run_figures": ("gates.log_a", 1.5),
     "gates_figures": ("evaluation.bootstrap.seed", 1),
+    "train_branch_tokenizer": ("branches.vocabulary", 310),
+    "branch_texts": ("branches.length", 10),
+    "train_stack": ("branches.theta", 20000.0),
+    "evaluate_stack": ("branches.offsets.evaluation", True),
+    "branch_results": ("evaluation.bootstrap.seed", 1),
+    "branch_figures": ("branches.seeds", [0, 1]),
+    "branch_architectures": ("branches.layers", 2),
 }
 
 

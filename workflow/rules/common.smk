@@ -8,6 +8,8 @@ from pathlib import Path
 sys.path.insert(0, f"{workflow.basedir}/src")
 
 from headroom import digest, experiment, jobs, locks
+from headroom.branches import grid, runs
+from headroom.branches.sizes import training_bytes
 from headroom.errors import InputError
 from headroom.ffn import families as ffn_families
 from headroom.gates import families as gate_families
@@ -55,6 +57,11 @@ wildcard_constraints:
     corpus="|".join(config["corpora"]),
     split="train|calibration|evaluation",
     metric="|".join(METRICS),
+    group=runs.group_regex(),
+    stack=runs.stack_regex(),
+    branches=r"\d+",
+    ablation=either(config["branches"]["ablations"]),
+    architecture=runs.architecture_regex(),
 
 
 def settings(*keys):

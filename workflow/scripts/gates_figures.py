@@ -13,8 +13,8 @@ jobs.start(snakemake.log[0], params.code, params.settings, snakemake.resources.h
 import pandas as pd
 
 from headroom import plotting
+from headroom.checkpoints import read_json
 from headroom.gates import figures, page, tables
-from headroom.gates.reports import read_json
 
 settings, inputs, output = params.settings, snakemake.input, snakemake.output
 bootstrap, wanted = settings["evaluation"]["bootstrap"], settings["evaluation"]["translation"]

@@ -97,7 +97,7 @@ def token_stream(
     Raises:
         InputError: for a boundary that the tokenizer lacks, or without any text.
     """
-    encode, specials = _encoder(Path(tokenizer))
+    encode, specials = encoder(Path(tokenizer))
     boundary, token = boundary_token(specials, boundary, key)
     prefix = [] if token is None else [token]
     pieces: list[np.ndarray] = []
@@ -136,8 +136,12 @@ def boundary_token(specials: dict, boundary: str, key: str) -> tuple[str, int | 
     return boundary, specials[boundary]
 
 
-def _encoder(folder: Path):
-    """Return a function from texts to lists of token numbers, and the special tokens' numbers."""
+def encoder(folder: Path):
+    """Return a function from texts to lists of token numbers, and the special tokens' numbers.
+
+    The function adds no special tokens; the numbers are those of ``bos`` and ``eos``, None where
+    the tokenizer has none.
+    """
     if (folder / "tokenizer.json").is_file() and (folder / "tokenizer_config.json").is_file():
         from tokenizers import Tokenizer
 

@@ -7,17 +7,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from headroom.checkpoints import load_tokenizer, resolve_device, write_json, write_manifest
+from headroom.checkpoints import (
+    copy_tokenizer,
+    load_tokenizer,
+    read_json,
+    resolve_device,
+    write_json,
+    write_manifest,
+)
 from headroom.corpora.pair_tokens import collate, encode_pairs, load
 from headroom.corpora.pairs import read_pairs
 from headroom.evaluation.translation import COUNTS, bleu_counts, check_case, score, translate
 from headroom.gates import removal
 from headroom.gates.cost import flops, latency
 from headroom.gates.gated import kept_heads
-from headroom.gates.reports import Reporter, read_json, write_record, write_text
+from headroom.gates.reports import Reporter, write_record, write_text
 from headroom.gates.roles import roles
 from headroom.gates.runs import gate_run
-from headroom.gates.translator import build, copy_tokenizer, fit, save_translator
+from headroom.gates.translator import build, fit, save_translator
 from headroom.recipes import parse_step
 
 CHECKED = 32  # held-out pairs on which a removed model is held against the gated one

@@ -7,10 +7,10 @@ from pathlib import Path
 import pandas as pd
 
 from headroom import plotting
+from headroom.checkpoints import read_json
 from headroom.gates import figures
 from headroom.gates.animation import p_open_gif
 from headroom.gates.page import run_page, translations_page
-from headroom.gates.reports import read_json
 
 SHOWN = 24  # sentences whose translations are shown, spread over those that were translated
 

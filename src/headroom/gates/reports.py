@@ -149,11 +149,6 @@ def _write_lines(path: Path, rows: Sequence[Mapping]) -> None:
     path.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
 
 
-def read_json(path: str | Path) -> dict:
-    """Return the content of a JSON file."""
-    return json.loads(Path(path).read_text())
-
-
 def write_text(path: Path, lines: Sequence[str]) -> None:
     """Write sentences, one a line."""
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

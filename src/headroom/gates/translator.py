@@ -3,14 +3,13 @@
 B pairs, S source and T target tokens, V the vocabulary.
 """
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from headroom.checkpoints import POSITIONS, TOKENIZER_FILES, write_manifest
+from headroom.checkpoints import POSITIONS, copy_tokenizer, write_manifest
 from headroom.corpora.pair_tokens import SPECIALS, Batches, PairTokens, collate
 from headroom.gates.reports import Reporter
 from headroom.training import Plan, Progress, Schedule, constant, inverse_sqrt, noam, train
@@ -138,10 +137,3 @@ def save_translator(model: nn.Module, tokenizer: str | Path, output: Path) -> No
     model.save_pretrained(output)
     copy_tokenizer(tokenizer, output)
     write_manifest(output)
-
-
-def copy_tokenizer(source: str | Path, output: Path) -> None:
-    """Copy the files of a tokenizer."""
-    for name in TOKENIZER_FILES:
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, output / name)

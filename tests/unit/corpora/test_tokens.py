@@ -61,9 +61,9 @@ def test_slow_path_gives_the_same_stream(tokenizer, tmp_path, monkeypatch):
 
     fast = token_stream(TEXTS[:5] + STRANGE, tokenizer)
     monkeypatch.setattr(tokens.Path, "is_file", lambda path: False)
-    loaded = tokens._encoder(tokenizer)
+    loaded = tokens.encoder(tokenizer)
     monkeypatch.undo()
-    monkeypatch.setattr(tokens, "_encoder", lambda folder: loaded)
+    monkeypatch.setattr(tokens, "encoder", lambda folder: loaded)
     slow = token_stream(TEXTS[:5] + STRANGE, tokenizer)
     np.testing.assert_array_equal(slow.tokens, fast.tokens)
 

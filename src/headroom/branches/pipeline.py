@@ -1,0 +1,216 @@
+"""The jobs of the branches study, from files to files."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from headroom.branches.batches import Draws, evaluation_packs, micro_batch
+from headroom.branches.layout import columns
+from headroom.branches.model import Stack, inputs
+from headroom.branches.runs import Stack as Planned
+from headroom.branches.runs import branch_range
+from headroom.branches.saved import load_stack, save_run
+from headroom.branches.stack import Members, adamw, sum_of_losses
+from headroom.branches.texts import Texts, load_texts
+from headroom.checkpoints import (
+    POSITIONS,
+    check_manifest,
+    copy_tokenizer,
+    read_json,
+    resolve_device,
+    write_json,
+    write_manifest,
+)
+from headroom.language_model import special_tokens
+from headroom.training import DivergedError, Plan, Progress, train, warmup_cosine
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def precision_of(name: str, device: str) -> torch.dtype:
+    """Return the type that products are made in; ``auto`` is bfloat16 on a GPU."""
+    if name == "auto":
+        name = "bfloat16" if device.startswith("cuda") else "float32"
+    return PRECISIONS[name]
+
+
+def train_stack(
+    settings: Mapping,
+    stack: Planned,
+    texts: str,
+    tokenizer: str,
+    output: Path,
+    state: Path,
+    halvings: int = 0,
+) -> None:
+    """Train the members of a stack and write a folder for each, named by its run.
+
+    One that diverged leaves ``run.json``, which says so, and no weights.
+
+    Args:
+        settings: of the job.
+        stack: group and rotations.
+        texts: folder of the training texts.
+        tokenizer: folder of their tokenizer.
+        output: an empty folder.
+        state: folder of the training state.
+        halvings: how often the micro-batch is halved from the start.
+    """
+    own = settings["branches"]
+    torch.set_num_threads(own["train"]["threads"])
+    device = resolve_device(settings["compute"]["device"])
+    group, words = stack.group, special_tokens(Path(tokenizer))
+    store = load_texts(texts)
+    sizes = sizes_of(own, stack, vocabulary_of(tokenizer), int(store.lengths.max()))
+    members = Members(Stack(sizes, stack.rotations, group.mask, group.seed)).to(device).train()
+    try:
+        progress = _fit(own, stack, members, store, device, state, halvings)
+    except DivergedError:
+        if not members.diverged.all():
+            raise
+        progress = Progress(step=int(members.step))
+    for place, run in enumerate(stack.runs):
+        folder = output / run.name
+        folder.mkdir()
+        ended = int(members.diverged[place])
+        facts = {"run": run.name, "status": "diverged" if ended else "trained"}
+        facts |= {"step": ended or progress.step}
+        if not ended:
+            facts |= {"tokens": progress.tokens, "parameters": members.stack.parameters_of_one}
+            save_run(members.stack, place, folder, words)
+            copy_tokenizer(tokenizer, folder)
+        write_json(folder / "training_log.json", _log(progress, place, ended))
+        write_json(folder / "run.json", facts)
+    write_manifest(output)
+
+
+def sizes_of(own: Mapping, stack: Planned, vocabulary: int, longest: int) -> dict:
+    """Return the sizes of a stack's members that read texts of so many tokens at most."""
+    architecture = stack.group.architecture
+    return {
+        "vocabulary": vocabulary,
+        "hidden": architecture.hidden,
+        "heads": architecture.heads,
+        "kv_heads": own["kv_heads"],
+        "layers": own["layers"],
+        "theta": own["theta"],
+        "positions": max(POSITIONS, longest),
+    }
+
+
+def vocabulary_of(tokenizer: str) -> int:
+    """Return how many tokens a tokenizer knows."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(Path(tokenizer) / "tokenizer.json")).get_vocab_size()
+
+
+def _fit(
+    own: Mapping,
+    stack: Planned,
+    members: Members,
+    texts: Texts,
+    device: str,
+    state: Path,
+    halvings: int,
+) -> Progress:
+    """Train the members in place on batches that depend on branches, seed and step alone."""
+    wanted, group = own["train"], stack.group
+    low, high = branch_range(group.train_branch)
+    offsets = own["offsets"]["train"]
+    draws = Draws(texts.lengths, (low, high), wanted["texts"], group.seed, offsets)
+    plan = Plan(
+        steps=wanted["steps"],
+        micro_batch=micro_batch(wanted["micro_texts"], low, high),
+        clip=wanted["clip"],
+        halvings=halvings,
+        seed=group.seed,
+    )
+    return train(
+        members,
+        adamw(members.stack, wanted["weight_decay"], wanted["learning_rate"]),
+        warmup_cosine(wanted["steps"], wanted["warmup"]),
+        lambda step: list(zip(*draws.step(step), strict=True)),
+        sum_of_losses(texts, device, precision_of(wanted["precision"], device)),
+        plan,
+        state,
+        clip=members.clip,
+    )
+
+
+def _log(progress: Progress, place: int, diverged: int) -> list[dict]:
+    """Return a member's own training log, up to where it diverged."""
+    rows = [
+        {
+            "step": row["step"],
+            "loss": row[f"member{place}"],
+            "learning_rate": row["learning_rate"],
+            "tokens": row["tokens"],
+        }
+        for row in progress.log
+    ]
+    return [row for row in rows if not diverged or row["step"] < diverged]
+
+
+@torch.no_grad()
+def evaluate_stack(
+    settings: Mapping, stack: Planned, folder: str, texts: str, branches: int, halvings: int
+) -> pd.DataFrame:
+    """Judge the trained members of a stack on the same texts, so many of them side by side.
+
+    In float32 on every device: what is compared are small differences.
+
+    Returns:
+        A row a run and text: run, branches, text, document, nll (nats, summed over the text's
+        predicted tokens), tokens.
+    """
+    own = settings["branches"]
+    torch.set_num_threads(settings["compute"]["threads"])
+    device = resolve_device(settings["compute"]["device"])
+    check_manifest(folder)
+    folders = {run.name: Path(folder) / run.name for run in stack.runs}
+    trained = {
+        name: path
+        for name, path in folders.items()
+        if read_json(path / "run.json")["status"] == "trained"
+    }
+    store = load_texts(texts)
+    nll_KN = np.zeros((len(trained), len(store.lengths)))
+    if trained:
+        model = load_stack(list(trained.values())).to(device).eval()
+        packs = evaluation_packs(len(store.lengths), branches)
+        size = max(1, (own["evaluation"]["micro_texts"] // branches) >> halvings)
+        offsets_N = _offsets(store, own["offsets"]["evaluation"])
+        for start in tqdm(range(0, len(packs), size), file=sys.stderr, mininterval=1.0):
+            chosen = packs[start : start + size]
+            batch = columns(store, chosen, [offsets_N[pack].tolist() for pack in chosen])
+            found_KP = model.losses(inputs(batch, device)).double().cpu().numpy()
+            owner_P = batch.text_BS[batch.labels_BS >= 0]
+            for nll_N, found_P in zip(nll_KN, found_KP, strict=True):
+                nll_N += np.bincount(owner_P, weights=found_P, minlength=len(nll_N))
+    return _losses(dict(zip(trained, nll_KN, strict=True)), store, branches)
+
+
+def _losses(found: Mapping[str, np.ndarray], texts: Texts, branches: int) -> pd.DataFrame:
+    count = len(texts.lengths)
+    columns_of = {
+        "run": np.repeat(list(found), count),
+        "branches": branches,
+        "text": np.tile(np.arange(count), len(found)),
+        "document": np.tile(texts.documents, len(found)),
+        "nll": np.concatenate([np.zeros(0), *found.values()]),
+        "tokens": np.tile(texts.lengths - 1, len(found)),
+    }
+    return pd.DataFrame(columns_of)
+
+
+def _offsets(texts: Texts, wanted: bool) -> np.ndarray:
+    """Return at what time each text begins, the same at every number of branches."""
+    if not wanted:
+        return np.zeros(len(texts.lengths), dtype=np.int64)
+    return np.random.default_rng(0).integers(texts.lengths + 1)

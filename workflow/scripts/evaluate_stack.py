@@ -1,0 +1,24 @@
+"""Losses of the runs of a stack on held-out texts, so many of them side by side."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
+
+from headroom import jobs
+
+params = snakemake.params
+jobs.start(snakemake.log[0], params.code, params.settings, snakemake.resources.halvings)
+
+from headroom.branches.runs import parse_stack
+from headroom.branches.pipeline import evaluate_stack
+
+wildcards, inputs = snakemake.wildcards, snakemake.input
+evaluate_stack(
+    settings=params.settings,
+    stack=parse_stack(wildcards.group, wildcards.stack),
+    folder=inputs.stack,
+    texts=inputs.texts,
+    branches=int(wildcards.branches),
+    halvings=snakemake.resources.halvings,
+).to_parquet(snakemake.output[0], index=False)

@@ -1,0 +1,18 @@
+"""A BPE over the texts that become branches."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
+
+from headroom import jobs
+
+params = snakemake.params
+jobs.start(snakemake.log[0], params.code, params.settings, snakemake.resources.halvings)
+
+from headroom.corpora.text import read_texts
+from headroom.corpora.tokens import train_tokenizer
+
+vocabulary = params.settings["branches"]["vocabulary"]
+with jobs.staged(snakemake.output[0]) as folder:
+    train_tokenizer(read_texts(snakemake.input[0]), vocabulary, folder)
