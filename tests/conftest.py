@@ -13,12 +13,16 @@ def seeded():
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Let one process do the real runs, which share their results; other files stay whole too."""
+    """Keep files whole and begin with the long ones, so that no process works on alone."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            name = nodeid.split("::")[0]
-            return "workflow" if name.startswith("tests/workflow/") else name
+            return nodeid.split("::")[0]
 
+    config.option.loadscopereorder = False
     return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "unit" in item.path.parts)

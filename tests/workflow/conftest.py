@@ -1,6 +1,7 @@
 """Real Snakemake runs on a copy of the project, so that tests may edit its code."""
 
 import copy
+import fcntl
 import os
 import re
 import shutil
@@ -189,11 +190,23 @@ def copy_project(folder: Path) -> Workflow:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory) -> Workflow:
-    """The small experiment, run once to its end; tests that change it copy it."""
-    workflow = copy_project(tmp_path_factory.mktemp("finished") / ".")
-    workflow.configure(SMALL)
-    workflow.run("--cores", "2")
+def finished(tmp_path_factory, worker_id) -> Workflow:
+    """The small experiment, run once to its end; tests that change it copy it.
+
+    Of several test processes the first makes it, the others wait.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    shared = (shared if worker_id == "master" else shared.parent) / "finished"
+    shared.mkdir(exist_ok=True)
+    workflow = Workflow(shared / "project")
+    with (shared / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "done").exists():
+            shutil.rmtree(workflow.folder, ignore_errors=True)
+            workflow.folder.mkdir()
+            copy_project(workflow.folder).configure(SMALL)
+            workflow.run("--cores", "2")
+            (shared / "done").touch()
     return workflow
 
 

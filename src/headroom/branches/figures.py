@@ -17,6 +17,7 @@ from headroom.plotting import MARKERS, NEUTRAL, figure, save
 
 FAMILIES = {False: "Blues", True: "Oranges"}  # of fixed and of dynamic training
 DASHES = ((0, (5, 2)), (0, (1, 1.4)), (0, (5, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 3)))
+MASK_WORDS = {"isolated": "own branch only (isolated)"}
 LOSS = "loss (nats a token)"
 PANELS = 4  # side by side at most
 
@@ -147,7 +148,7 @@ def control_words(row: Mapping) -> str:
     if row["stride"] != STRIDE:
         words.append(f"stride {row['stride']}")
     if row["mask"] != MASKS[0]:
-        words.append("own branch only (isolated)")
+        words.append(MASK_WORDS.get(row["mask"], f"mask {row['mask']}"))
     return ", ".join(words)
 
 

@@ -30,6 +30,7 @@ from headroom.errors import InputError
 
 NAME_BYTES = 150  # of a stack; a folder's name may have 255, logs and temporary names need the rest
 SMALLEST_HEAD = 16
+WIDTHS = 16  # hidden sizes are multiples: else AdamW rounds a stack otherwise than one run
 ARMS = ("mask", "coordinate", "band", "stride")  # what a control may change
 
 
@@ -193,6 +194,8 @@ def _check_architecture(key: str, entry: Mapping, kv_heads: int) -> None:
             f"{key}: hidden {hidden} over {heads} heads is a head size of {size} (allowed: even "
             f"and at least {SMALLEST_HEAD})"
         )
+    if hidden % WIDTHS:
+        raise InputError(f"{key}: hidden {hidden} (allowed: multiples of {WIDTHS})")
     if heads % kv_heads:
         raise InputError(
             f"{key}: {heads} heads share branches.kv_heads {kv_heads} unevenly (allowed: a "

@@ -1,20 +1,15 @@
-"""Texts side by side: the columns of a sample, sorted by (time, branch), and who sees whom.
+"""Texts side by side: the columns of a sample, sorted by (time, branch).
 
 B samples of a batch, S positions of the longest; branches of a sample count from 0 in its order.
 """
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from headroom.branches.runs import MASKS
 from headroom.branches.texts import Texts
-from headroom.errors import InputError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 IGNORED = -100  # label that the loss leaves out
 
@@ -110,22 +105,3 @@ def _padded(values_T: np.ndarray, valid_BS: np.ndarray, pad: int) -> np.ndarray:
     values_BS = np.full(valid_BS.shape, pad, dtype=np.int64)
     values_BS[valid_BS] = values_T
     return values_BS
-
-
-def visible(time_BS: "Tensor", branch_BS: "Tensor", valid_BS: "Tensor", mask: str) -> "Tensor":
-    """Return whether position i (rows) attends to position j, bool (B, S, S).
-
-    ``columns``: time_j < time_i or i = j. ``isolated``: the same within the branch. A pad sees
-    itself alone, so that its softmax is defined, and nobody else sees it.
-
-    Raises:
-        InputError: for another mask.
-    """
-    if mask not in MASKS:
-        raise InputError(f"mask {mask!r} is not known (allowed: {', '.join(MASKS)})")
-    seen_BSS = time_BS[:, None, :] < time_BS[:, :, None]
-    seen_BSS &= valid_BS[:, None, :] & valid_BS[:, :, None]
-    if mask == "isolated":
-        seen_BSS &= branch_BS[:, None, :] == branch_BS[:, :, None]
-    seen_BSS.diagonal(dim1=1, dim2=2).fill_(True)
-    return seen_BSS

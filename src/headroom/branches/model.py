@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from headroom.branches.layout import IGNORED, Batch, visible
+from headroom.branches.layout import IGNORED, Batch
+from headroom.branches.masks import MASKS, rule, visible
 from headroom.branches.rope import Rotary
-from headroom.branches.runs import MASKS
 from headroom.branches.sizes import ffn_width
 from headroom.errors import InputError
 
@@ -27,8 +27,6 @@ EPSILON = 1e-5  # of the norms
 INITIAL = 0.02  # standard deviation of initial weights, as transformers' Llama
 LOGITS = 2**26  # held at once in evaluation, so that a large vocabulary fits
 BLOCK = 128  # columns; on a GPU attention works in blocks, and fewer lengths compile less often
-
-MaskRule = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
 
 
 class Inputs(NamedTuple):
@@ -55,23 +53,6 @@ def inputs(batch: Batch, device: str | torch.device) -> Inputs:
     return Inputs(**{name: field.to(device) for name, field in fields.items()})
 
 
-def mask_rule(inputs: Inputs, mask: str) -> MaskRule:
-    """Return :func:`headroom.branches.layout.visible` as a function of (b, head, i, j).
-
-    FlexAttention asks it for the corners of its blocks, and compiles it into its kernel.
-    """
-    time_BS, branch_BS, valid_BS = inputs.time_BS, inputs.branch_BS, inputs.valid_BS
-
-    def columns(b: Tensor, head: Tensor | None, i: Tensor, j: Tensor) -> Tensor:
-        earlier = (time_BS[b, j] < time_BS[b, i]) & valid_BS[b, i] & valid_BS[b, j]
-        return earlier | (i == j)
-
-    def isolated(b: Tensor, head: Tensor | None, i: Tensor, j: Tensor) -> Tensor:
-        return columns(b, head, i, j) & (branch_BS[b, j] == branch_BS[b, i])
-
-    return {"columns": columns, "isolated": isolated}[mask]
-
-
 def visibility(inputs: Inputs, mask: str) -> Tensor | BlockMask:
     """Return who sees whom in the form that the device's attention reads.
 
@@ -80,8 +61,8 @@ def visibility(inputs: Inputs, mask: str) -> Tensor | BlockMask:
     """
     (samples, length), device = inputs.tokens_BS.shape, inputs.tokens_BS.device
     if device.type == "cuda":
-        rule = mask_rule(inputs, mask)
-        return create_block_mask(rule, samples, None, length, length, device, BLOCK_SIZE=BLOCK)
+        sees = rule(inputs.time_BS, inputs.branch_BS, inputs.valid_BS, mask)
+        return create_block_mask(sees, samples, None, length, length, device, BLOCK_SIZE=BLOCK)
     seen_BSS = visible(inputs.time_BS, inputs.branch_BS, inputs.valid_BS, mask)
     added_BSS = torch.zeros(seen_BSS.shape, device=device).masked_fill(~seen_BSS, -math.inf)
     return added_BSS[:, None]
@@ -168,7 +149,7 @@ class Stack(nn.Module):
         Args:
             sizes: vocabulary, hidden, heads, kv_heads, layers, theta.
             rotations: one a member.
-            mask: ``columns``, where branches see each other's earlier columns, or ``isolated``.
+            mask: of :data:`headroom.branches.masks.MASKS`.
             seed: of the weights.
 
         Raises:

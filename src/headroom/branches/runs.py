@@ -13,11 +13,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from headroom.digest import registry_names
 from headroom.errors import InputError
 
 COORDINATES = ("flat", "time")  # what the pairs turn with that are not two-dimensional
 BANDS = ("low", "high")  # which frequencies are two-dimensional
-MASKS = ("columns", "isolated")
+MASKS = registry_names("headroom.branches.masks", "MASKS")  # who sees whom; the first is common
 STRIDE = 128  # of the branch coordinate, where a name says nothing else
 COMMON_HEAD_SIZE = 64  # left out of names
 JOINT = "_"  # of a stack's members; SLURM jobs could not be given a name with commas
@@ -28,7 +29,7 @@ _ARCHITECTURE = rf"{_COUNT}(?:-d{_COUNT})?-h{_COUNT}"
 _ROTATION = (
     rf"r(?:00|10|0[0-9]{{0,{MOST_DECIMALS - 1}}}[1-9])(?:-time)?(?:-high)?(?:-stride{_COUNT})?"
 )
-_MASK = "(?:-isolated)?"
+_MASK = f"(?:-(?:{'|'.join(MASKS[1:])}))?"
 _TRAIN_BRANCH = rf"(?:fixed{_COUNT}|{_COUNT}-{_COUNT})"
 _SEED = rf"(?:-s{_COUNT})?"
 _ENDING = rf"{_MASK}-b{_TRAIN_BRANCH}{_SEED}"
@@ -82,7 +83,7 @@ class Group:
 
     architecture: Architecture
     train_branch: str
-    mask: str = "columns"
+    mask: str = MASKS[0]
     seed: int = 0
 
     @property
@@ -93,7 +94,7 @@ class Group:
     @property
     def ending(self) -> str:
         """Return the part of a name after the architecture, or after a run's rotation."""
-        mask = "-isolated" if self.mask == "isolated" else ""
+        mask = "" if self.mask == MASKS[0] else f"-{self.mask}"
         return f"{mask}-b{self.train_branch}" + (f"-s{self.seed}" if self.seed else "")
 
 
@@ -148,10 +149,10 @@ def rotation(
 
 
 def group(
-    architecture: Architecture, train_branch: str, mask: str = "columns", seed: int = 0
+    architecture: Architecture, train_branch: str, mask: str = MASKS[0], seed: int = 0
 ) -> Group:
     """Return the one group that is trained as asked: a single branch sees the same in any mask."""
-    return Group(architecture, train_branch, "columns" if train_branch == "fixed1" else mask, seed)
+    return Group(architecture, train_branch, MASKS[0] if train_branch == "fixed1" else mask, seed)
 
 
 def pairs_of(ratio: float, head_size: int) -> int:
@@ -218,7 +219,7 @@ def parse_group(name: str) -> Group:
         raise InputError(f"group {name!r}: {heads} heads don't divide hidden {hidden}")
     branch_range(train_branch)
     made = group(
-        Architecture(hidden, heads), train_branch, mask[1:] or "columns", int(seed[2:] or 0)
+        Architecture(hidden, heads), train_branch, mask[1:] or MASKS[0], int(seed[2:] or 0)
     )
     if made.name != name:
         raise InputError(f"group {name!r}: write {made.name} (the same model has one name)")

@@ -1,6 +1,7 @@
 """Texts that become branches: documents as token numbers, in arrays that are mapped from disk."""
 
 import hashlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,6 +74,12 @@ def write_texts(
     chosen = kept[_order(len(kept), settings["texts"].get(split), split)]
     counts["dropped_duplicates"] = len(found.documents) - len(kept)
     counts |= _save(found, chosen, Path(output))
+    print(
+        f"{split}: {counts['texts']} texts of {counts['documents']} documents; of those longer than "
+        f"{settings['length']} tokens {counts['cut']} were cut ({settings['long_texts']}), "
+        f"{counts['dropped_long']} dropped; {counts['dropped_duplicates']} duplicates dropped",
+        file=sys.stderr,
+    )
     write_json(Path(output) / "counts.json", counts)
     write_manifest(Path(output))
     return counts

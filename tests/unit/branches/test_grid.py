@@ -37,7 +37,7 @@ def section(ablations, **others):
         "seeds": [0],
         "stack": 6,
         "texts": {"train": None, "evaluation": 960},
-        "train": {"texts": 64},
+        "train": {"texts": 64, "learning_rates": {}},
         "ablations": ablations,
         **others,
     }
@@ -251,6 +251,10 @@ A = "config key branches.ablations.branch"
             f"least 16)",
         ),
         (
+            {"architectures": [{"hidden": 36, "heads": 2}]},
+            f"{A}.architectures: hidden 36 (allowed: multiples of 16)",
+        ),
+        (
             {"architectures": [{"hidden": 64, "heads": 1}]},
             f"{A}.architectures: 1 heads share branches.kv_heads 2 unevenly (allowed: a multiple "
             f"of 2)",
@@ -313,6 +317,12 @@ def test_what_can_t_be_meant_is_refused(small, changes, message):
     with pytest.raises(InputError) as error:
         check(small)
     assert str(error.value) == message
+
+
+def test_a_rate_of_no_width_is_refused(small):
+    small["train"]["learning_rates"] = {48: 1e-3}
+    with pytest.raises(InputError, match=r"learning_rates: 48 is no hidden size of an ablation"):
+        check(small)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,10 @@
-"""Columns and masks against their definitions, token by token."""
+"""Columns against their definition, token by token."""
 
 import numpy as np
 import pytest
-import torch
 
-from headroom.branches.layout import Batch, columns, visible
+from headroom.branches.layout import Batch, columns
 from headroom.branches.texts import Texts
-from headroom.errors import InputError
 
 
 def store(lengths, seed=0):
@@ -81,28 +79,3 @@ def test_one_branch_is_the_text_itself_and_far_offsets_change_the_time_alone():
     np.testing.assert_array_equal(far.time_BS, near.time_BS + 3000)
     for name in set(Batch._fields) - {"time_BS"}:
         np.testing.assert_array_equal(getattr(far, name), getattr(near, name))
-
-
-@pytest.mark.parametrize("mask", ["columns", "isolated"])
-def test_visible_is_its_definition(mask):
-    draw = np.random.default_rng(2)
-    texts = store(draw.integers(2, 9, 12))
-    batch = columns(texts, *ragged(draw, texts, 4, 5))
-    assert not batch.valid_BS.all()
-    tensors = (batch.time_BS, batch.branch_BS, batch.valid_BS)
-    found = visible(*map(torch.from_numpy, tensors), mask)
-    rows, places = batch.time_BS.shape
-    assert found.shape == (rows, places, places) and found.dtype == torch.bool
-    for row in range(rows):
-        time, branch, valid = (array[row] for array in tensors)
-        for i in range(places):
-            for j in range(places):
-                seen = valid[i] and valid[j] and time[j] < time[i]
-                seen = seen and (mask == "columns" or branch[i] == branch[j])
-                assert found[row, i, j] == (seen or i == j)
-
-
-def test_an_unknown_mask_is_refused():
-    tensor = torch.zeros(1, 2, dtype=torch.long)
-    with pytest.raises(InputError, match=r"'rows' is not known \(allowed: columns, isolated\)"):
-        visible(tensor, tensor, tensor.bool(), "rows")

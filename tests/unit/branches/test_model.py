@@ -10,8 +10,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AutoModelForCausalLM
 
 from headroom.branches import model as model_module
-from headroom.branches.layout import columns, visible
-from headroom.branches.model import Stack, attend, inputs, mask_rule
+from headroom.branches.layout import columns
+from headroom.branches.masks import rule, visible
+from headroom.branches.model import Stack, attend, inputs
 from headroom.branches.rope import pair_kinds
 from headroom.branches.runs import Rotation
 from headroom.branches.saved import load_stack, save_run
@@ -259,12 +260,13 @@ def test_the_gpu_s_attention_follows_the_same_mask(mask):
     """FlexAttention can't be compiled everywhere: here it runs as it is written."""
     batch = ragged()
     samples, length = batch.tokens_BS.shape
-    rule, seen = mask_rule(batch, mask), model_module.visibility(batch, mask)
+    sees = rule(batch.time_BS, batch.branch_BS, batch.valid_BS, mask)
+    seen = model_module.visibility(batch, mask)
     q, k, v = (
         torch.randn(samples, heads, length, 16, generator=torch.Generator().manual_seed(heads))
         for heads in (8, 4, 4)
     )
-    blocks = create_block_mask(rule, samples, None, length, length, "cpu")
+    blocks = create_block_mask(sees, samples, None, length, length, "cpu")
     found = flex_attention(q, k, v, block_mask=blocks, enable_gqa=True)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # refuses rather than hold a head's scores
         expected = attend(q, k, v, seen)
