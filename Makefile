@@ -34,6 +34,8 @@ browser: $(STAMP)  ## the report in headless Chromium (Debian: chromium chromium
 bench: $(STAMP)  ## speed beside the alternative, in one run
 	$(BIN)/python benchmarks/similarity.py
 	$(BIN)/python benchmarks/ffn.py
+	$(BIN)/python benchmarks/branch_layout.py
+	$(BIN)/python benchmarks/branches.py
 
 verify: $(STAMP)  ## the hashes of every checkpoint and record under results/
 	PYTHONPATH=src $(BIN)/python -m headroom.verify results

@@ -20,6 +20,8 @@ PICTURES = {
     ("FFN channels", "Transport plan"): 1,
     ("Translator heads", "Translator"): 1,
     ("Translator heads", "Quality"): 2,
+    ("Parallel branches", "branch"): 2,
+    ("Parallel branches", "heads"): 5,
 }
 
 
@@ -103,7 +105,8 @@ def test_each_category_shows_its_pictures_and_nothing_is_broken(report, browser)
         assert entry["caption"], f"{path} has no caption"
         assert "System Message" not in entry["caption"], f"the caption of {path} is broken"
         labels = entry["labels"]
-        assert labels.get("checkpoint") == "tiny" or labels.get("translator") == "phrases"
+        own = {labels.get("checkpoint"), labels.get("translator"), labels.get("architecture")}
+        assert own & {"tiny", "phrases", "all", "32-d16-h2", "64-d16-h4"}
     assert sum(path.endswith("table.html") for path in results) == 2
     severe = [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
     assert severe == []

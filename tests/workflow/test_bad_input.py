@@ -26,6 +26,22 @@ BEFORE = {
         "config key ffn.prunes.0: recipe step 'prune-flap-ot_row-r0.50': fusion 'ot_row'",
     ),
     "no_prune_step": (changed("ffn.saved", ["remove-flap-drop-b2x1"]), "is no prune step"),
+    "branch_ratio": (
+        changed("branches.ablations.branch.ratios", [1.2]),
+        "branches.ablations.branch.ratios.0 is 1.2",
+    ),
+    "branch_heads": (
+        changed("branches.ablations.heads.architectures.1", {"hidden": 64, "heads": 3}),
+        "branches.ablations.heads.architectures: 3 heads don't divide hidden 64",
+    ),
+    "branch_head_size": (
+        changed("branches.ablations.heads.architectures.1", {"hidden": 34, "heads": 2}),
+        "is a head size of 17 (allowed: even and at least 16)",
+    ),
+    "branches_above_texts": (
+        changed("branches.ablations.branch.evaluation_branches", [1, 96]),
+        "96 branches, but there are 48 texts",
+    ),
     "typo": (changed("evaluation.recipes", ["tiny+merge-relu-averge-t0.99"]), "method 'averge'"),
 }
 

@@ -294,6 +294,35 @@ def test_the_readmes_own_penalty_and_choice_of_heads_work_as_written(copied):
     assert "mask-output_norm-k2,output_norm" in runs
 
 
+def test_the_readmes_own_mask_works_as_written(copied):
+    add_as_written(copied, "Add your own mask between branches")
+    config = copy.deepcopy(SMALL)
+    config["branches"]["ablations"]["branch"]["controls"] = [{"mask": "neighbours", "ratios": [1]}]
+    copied.configure(config)
+    copied.run("--cores", "2", "results/branches/branch/results.csv")
+    rows = (copied.folder / "results/branches/branch/results.csv").read_text().splitlines()
+    assert sum(",neighbours,trained" in row for row in rows) == 2
+
+
+def test_every_file_of_the_branches_study_is_there(finished):
+    root = finished.folder / "results/branches"
+    for name in (
+        "texts/train/counts.json",
+        "branch/hypotheses.html",
+        "branch/figures/loss-32-d16-h2.png",
+        "branch/figures/ratio-32-d16-h2.svg",
+        "heads/figures/architectures.png",
+        "stacks/32-d16-h2-b1-3/r00_r10/32-d16-h2-r00-b1-3/model.safetensors",
+        "stacks/32-d16-h2-isolated-b1-3/r10/32-d16-h2-r10-isolated-b1-3/run.json",
+    ):
+        assert (root / name).is_file(), name
+    head, *rows = (root / "branch/results.csv").read_text().splitlines()
+    assert head.startswith("rope_ratio,train_branch,eval_branch,loss,ppl,")
+    assert len(rows) == (2 + 1) * 2, "two ratios and a control at two numbers of branches"
+    head, *rows = (root / "heads/results.csv").read_text().splitlines()
+    assert head.startswith("num_heads,hidden_size,rope_ratio,") and len(rows) == 2
+
+
 def test_the_readmes_own_score_distribution_and_strategy_work_as_written(copied):
     add_as_written(copied, "Add your own score, distribution or strategy")
     recipe = "tiny+prune-tail-ot_mass-r0.25-spread_to_pushforward"

@@ -14,7 +14,7 @@ rule train_branch_tokenizer:
         "../../envs/text.yaml"
     threads: 1
     resources:
-        mem_mb=light_memory,
+        mem_mb=text_memory,
         halvings=halvings,
     params:
         code=code_digest("train_branch_tokenizer"),
@@ -37,7 +37,7 @@ rule branch_texts:
         "../../envs/text.yaml"
     threads: 1
     resources:
-        mem_mb=light_memory,
+        mem_mb=text_memory,
         halvings=halvings,
     params:
         code=code_digest("branch_texts"),

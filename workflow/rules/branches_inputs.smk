@@ -56,6 +56,11 @@ def text_inputs(wildcards):
     return {"documents": branch_corpus(wildcards.split), **others}
 
 
+def text_memory(wildcards, input, attempt):
+    """Megabytes of a job that holds the texts of its documents, doubled by each attempt."""
+    return int(700 + 10 * input.size_mb) * 2 ** (attempt - 1)
+
+
 def stack_settings(wildcards):
     """What decides a training: of the rates by hidden size only its own."""
     found = settings("compute.device", *STACK_SETTINGS)

@@ -255,6 +255,7 @@ def test_an_isolated_branch_gives_what_it_gives_alone():
         assert difference_K[3] > 1e-2
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("mask", ["columns", "isolated"])
 def test_the_gpu_s_attention_follows_the_same_mask(mask):
     """FlexAttention can't be compiled everywhere: here it runs as it is written."""
