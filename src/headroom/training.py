@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from headroom.errors import InputError
 STATE_FILE = "state.pt"
 DIGEST_BYTES = hashlib.sha256().digest_size  # of the state, at the end of its file
 MOST_HALVINGS = 3
+SAVING_SHARE = 0.05  # of the time at most
 
 Schedule = Callable[[int], float]  # step, from 0 -> factor of the peak learning rate
 Batches = Callable[[int], Sequence]  # step -> the samples of its global batch
@@ -31,7 +33,14 @@ Clip = Callable[[torch.optim.Optimizer, float], float]
 
 
 class DivergedError(RuntimeError):
-    """The loss is no number any more; the same settings would diverge again."""
+    """The loss is no number any more; the same settings would diverge again.
+
+    ``progress`` is what the run had done before.
+    """
+
+    def __init__(self, message: str, progress: "Progress"):
+        super().__init__(message)
+        self.progress = progress
 
 
 def warmup_cosine(steps: int, warmup: int, floor: float = 0.1) -> Schedule:
@@ -148,15 +157,14 @@ def train(
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(plan.seed)
         progress = _load(state, model, optimizer, signature)
-        first, saved = progress.tokens, time.monotonic()
+        first, due = progress.tokens, time.monotonic() + plan.save_seconds
         bar = tqdm(total=plan.steps, initial=progress.step, mininterval=1.0)
         _note(watch if not progress.step else None, progress)
         for loss in _steps(model, optimizer, rates, batches, loss_sum, plan, progress, clip):
             _show(bar, loss, progress.tokens - first)
             _note(watch, progress)
-            if time.monotonic() - saved > plan.save_seconds and progress.step < plan.steps:
-                _save(state, model, optimizer, signature, progress)
-                saved = time.monotonic()
+            if time.monotonic() >= due and progress.step < plan.steps:
+                due = _save(state, model, optimizer, signature, progress, plan)
         bar.close()
     return progress
 
@@ -256,7 +264,8 @@ def _update(
     if not math.isfinite(sums["loss"]) or not math.isfinite(norm):
         raise DivergedError(
             f"at step {progress.step + 1} the loss is {sums['loss'] / count:.4g} and the norm of "
-            f"its gradient {norm:.4g} (lower the learning rate)"
+            f"its gradient {norm:.4g} (lower the learning rate)",
+            progress,
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -309,9 +318,28 @@ def _set_random_state(state: dict) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def _save(folder: Path, model: nn.Module, optimizer, signature: str, progress: Progress) -> None:
-    """Write the state and its digest beside, force them to disk, then give them their name."""
-    buffer = io.BytesIO()
+class _Digested:
+    """A file that digests what is written to it, so that a large state is never held twice."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _save(
+    folder: Path, model: nn.Module, optimizer, signature: str, progress: Progress, plan: Plan
+) -> float:
+    """Write the state and its digest beside, force them to disk, then give them their name.
+
+    Returns when the next one is due: saving must not take more than a small share of the time.
+    """
+    started = time.monotonic()
     content = {
         "signature": signature,
         "model": model.state_dict(),
@@ -319,15 +347,19 @@ def _save(folder: Path, model: nn.Module, optimizer, signature: str, progress: P
         "progress": asdict(progress),
         "random": _random_state(),
     }
-    torch.save(content, buffer)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{STATE_FILE}.partial"
     with partial.open("wb") as file:
-        file.write(buffer.getbuffer())
-        file.write(hashlib.sha256(buffer.getbuffer()).digest())
+        digested = _Digested(file)
+        torch.save(content, digested)
+        file.write(digested.digest.digest())
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, folder / STATE_FILE)
+    ended = time.monotonic()
+    if plan.save_seconds <= 0:  # asked for after every step
+        return ended
+    return ended + max(plan.save_seconds, (ended - started) / SAVING_SHARE)
 
 
 def _load(folder: Path, model: nn.Module, optimizer, signature: str) -> Progress:

@@ -66,7 +66,7 @@ rule train_stack:
         "../../envs/torch.yaml"
     threads: BRANCHES["train"]["threads"]
     resources:
-        mem_mb=stack_memory,
+        mem_mb=stack_memory(training_bytes),
         runtime=config["compute"]["runtime"],
         gpu=config["compute"]["gpus"],
         halvings=halvings,
@@ -94,7 +94,7 @@ rule evaluate_stack:
         "../../envs/torch.yaml"
     threads: config["compute"]["threads"]
     resources:
-        mem_mb=stack_memory,
+        mem_mb=stack_memory(evaluation_bytes),
         runtime=config["compute"]["runtime"],
         gpu=config["compute"]["gpus"],
         halvings=halvings,

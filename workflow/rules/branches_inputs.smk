@@ -71,11 +71,15 @@ def stack_settings(wildcards):
     return found
 
 
-def stack_memory(wildcards, attempt):
-    """Megabytes of a training, doubled by each attempt."""
-    stack = runs.parse_stack(wildcards.group, wildcards.stack)
-    size = training_bytes(stack, BRANCHES) / 1e6
-    return int(config["compute"]["mem_mb"] + size) * 2 ** (attempt - 1)
+def stack_memory(size):
+    """Megabytes of a job on a stack by an estimate of its bytes, doubled by each attempt."""
+
+    def mem_mb(wildcards, attempt):
+        stack = runs.parse_stack(wildcards.group, wildcards.stack)
+        found = size(stack, BRANCHES, config["compute"]["gpus"] > 0)
+        return int(config["compute"]["mem_mb"] + found / 1e6) * 2 ** (attempt - 1)
+
+    return mem_mb
 
 
 def ablation_stacks(wildcards):
@@ -92,12 +96,12 @@ def ablation_folders(wildcards):
 
 def ablation_losses(wildcards):
     """The losses of an ablation's runs, a file a stack and number of branches."""
-    root = Path("results/branches/losses")
+    root, own = Path("results/branches/losses"), set(ablation_stacks(wildcards))
     counts = BRANCHES["ablations"][wildcards.ablation]["evaluation_branches"]
     return [
         stack.folder(root) / f"{count}.parquet"
-        for stack in ablation_stacks(wildcards)
-        for count in sorted(counts)
+        for stack, count in grid.evaluations(BRANCHES, STACKS)
+        if stack in own and count in counts
     ]
 
 
@@ -106,6 +110,5 @@ def ablation_settings(wildcards):
     return settings(
         "evaluation.bootstrap",
         "branches.seeds",
-        "branches.kv_heads",
         ("branches", "ablations", wildcards.ablation),
     )

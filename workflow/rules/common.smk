@@ -9,7 +9,7 @@ sys.path.insert(0, f"{workflow.basedir}/src")
 
 from headroom import digest, experiment, jobs, locks
 from headroom.branches import grid, runs
-from headroom.branches.sizes import training_bytes
+from headroom.branches.sizes import evaluation_bytes, training_bytes
 from headroom.errors import InputError
 from headroom.ffn import families as ffn_families
 from headroom.gates import families as gate_families

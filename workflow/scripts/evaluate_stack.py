@@ -11,7 +11,7 @@ params = snakemake.params
 jobs.start(snakemake.log[0], params.code, params.settings, snakemake.resources.halvings)
 
 from headroom.branches.runs import parse_stack
-from headroom.branches.pipeline import evaluate_stack
+from headroom.branches.judge import evaluate_stack
 
 wildcards, inputs = snakemake.wildcards, snakemake.input
 evaluate_stack(

@@ -120,17 +120,3 @@ def micro_batch(micro_texts: int, low: int, high: int) -> int:
     max(1, ⌊micro_texts / ⌈(low + high) / 2⌉⌋)
     """
     return max(1, micro_texts // -(-(low + high) // 2))
-
-
-def evaluation_packs(texts: int, branches: int) -> list[list[int]]:
-    """Return the samples of an evaluation: consecutive texts, so many of them in each.
-
-    Raises:
-        InputError: if the last sample would hold fewer.
-    """
-    if texts % branches:
-        raise InputError(
-            f"config key branches.texts.evaluation is {texts}, which leaves {texts % branches} "
-            f"texts over at {branches} branches (allowed: multiples of {branches})"
-        )
-    return np.arange(texts).reshape(-1, branches).tolist()

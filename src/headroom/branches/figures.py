@@ -5,7 +5,6 @@ the more branches. Controls keep the colour of their training and differ in the 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from textwrap import fill
 
 import numpy as np
@@ -13,7 +12,7 @@ import pandas as pd
 
 from headroom.branches.runs import MASKS, STRIDE, rotation
 from headroom.branches.tables import SETTINGS, is_dynamic, train_order
-from headroom.plotting import MARKERS, NEUTRAL, figure, save
+from headroom.plotting import MARKERS, NEUTRAL, figure
 
 FAMILIES = {False: "Blues", True: "Oranges"}  # of fixed and of dynamic training
 DASHES = ((0, (5, 2)), (0, (1, 1.4)), (0, (5, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 3)))
@@ -102,24 +101,6 @@ def architecture_figure(means: pd.DataFrame, setting: str = ""):
     return fig
 
 
-def draw(means: pd.DataFrame, folder: str | Path, setting: str = "") -> list[Path]:
-    """Write all figures as PNG, each with an SVG beside, and return the PNGs' paths.
-
-    ``loss-{architecture}.png``, ``ratio-{architecture}.png``, and ``architectures.png`` where there
-    are several.
-    """
-    folder, names = Path(folder), list(dict.fromkeys(means.architecture))
-    paths = []
-    for name in names:
-        for kind, made in (("loss", loss_figure), ("ratio", ratio_figure)):
-            paths.append(folder / f"{kind}-{name}.png")
-            save(made(means, name, setting), paths[-1])
-    if len(names) > 1:
-        paths.append(folder / "architectures.png")
-        save(architecture_figure(means, setting), paths[-1])
-    return paths
-
-
 def _trains(rows: pd.DataFrame) -> list[str]:
     return sorted(set(rows.train_branch), key=train_order)
 
@@ -204,7 +185,7 @@ def _draw(axis, x, line: pd.DataFrame, style: Mapping, bars: bool = False) -> No
     axis.plot(x, loss, **style)
     if bars:
         spans = {"elinewidth": 1.1, "capsize": 2.5, "fmt": "none", "ecolor": style["color"]}
-        axis.errorbar(x, loss, yerr=[loss - low, high - loss], **spans)
+        axis.errorbar(x, loss, yerr=np.maximum([loss - low, high - loss], 0), **spans)
     else:
         axis.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0, zorder=1)
 

@@ -56,6 +56,8 @@ def ablation_runs(branches: Mapping, name: str) -> list[Run]:
         for arm in ({}, *_controls(ablation))
         for rotated, train_branch, mask in _arm(ablation, arm)
         for seed in branches["seeds"]
+        # What a control changes nothing of is none, though its ratio or branches be others.
+        if not arm or not _main(rotated, group(architecture, train_branch, mask))
     ]
     return list(dict.fromkeys(made))
 
@@ -137,6 +139,11 @@ def check(branches: Mapping) -> None:
             _check_control(place, control, ablation)
     _check_evaluation(branches)
     _check_rates(branches)
+
+
+def _main(rotated: Rotation, shared: Group) -> bool:
+    """Return whether a run differs from the study's own in nothing that a control may change."""
+    return rotated == rotation(rotated.ratio) and shared.mask == MASKS[0]
 
 
 def _architecture(entry: Mapping) -> Architecture:
@@ -241,8 +248,7 @@ def _check_control(key: str, control: Mapping, ablation: Mapping) -> None:
         raise InputError(f"{key}.stride is {control['stride']} (allowed: at least 1)")
     anyone = _architecture(ablation["architectures"][0])
     if all(
-        (rotated, group(anyone, train_branch, mask))
-        == (rotation(rotated.ratio), group(anyone, train_branch))
+        _main(rotated, group(anyone, train_branch, mask))
         for rotated, train_branch, mask in _arm(ablation, control)
     ):
         raise InputError(

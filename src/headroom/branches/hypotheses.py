@@ -250,24 +250,35 @@ def hypotheses(
 
 
 def _row(case: Case, grid: Grid, losses: Losses) -> dict:
-    cells = {cell for sums in case.scores.values() for terms in sums for _, cell, _ in terms}
-    seeds = sorted(set.intersection(*(grid.trained[cell] for cell in cells)))
+    """Return a comparison; who has no trained run at all is left out, and said so."""
+    scores = {name: sums for name, sums in case.scores.items() if _seeds({name: sums}, grid)}
+    pairs = [[[name for name in names if name in scores] for names in pair] for pair in case.pairs]
+    pairs = [pair for pair in pairs if all(pair)]
+    lost = [name for name in case.scores if name not in scores]
+    seeds = _seeds(scores, grid) if pairs else []
     row = {"where": case.where, "seeds": len(seeds)}
     if not seeds:
         return row | {"verdict": NOT_TESTED, "reason": "no seed at which all compared runs trained"}
     found = {
         name: max((_sum(terms, seeds, losses) for terms in sums), key=_point)
-        for name, sums in case.scores.items()
+        for name, sums in scores.items()
     }
     points = {name: _point(every_RS) for name, every_RS in found.items()}
-    compared = [tuple(min(names, key=points.__getitem__) for names in pair) for pair in case.pairs]
+    compared = [tuple(min(names, key=points.__getitem__) for names in pair) for pair in pairs]
     candidate, rival = min(compared, key=lambda pair: points[pair[1]] - points[pair[0]])
     effect_RS = found[rival] - found[candidate]
     bootstrap = losses.bootstrap
     effect = interval_over_seeds(effect_RS, bootstrap["seed"], bootstrap["confidence"])
     row |= {"candidate": candidate, "rival": rival}
     row |= {"effect": effect.value, "low": effect.low, "high": effect.high}
-    return row | {"verdict": VERDICTS[verdict(effect, effect_RS[0])], "reason": ""}
+    reason = f"without {', '.join(lost)}, which diverged" if lost else ""
+    return row | {"verdict": VERDICTS[verdict(effect, effect_RS[0])], "reason": reason}
+
+
+def _seeds(scores: Mapping[str, Sequence[Terms]], grid: Grid) -> list[int]:
+    """Return the seeds at which all these runs trained."""
+    cells = {cell for sums in scores.values() for terms in sums for _, cell, _ in terms}
+    return sorted(set.intersection(*(grid.trained[cell] for cell in cells))) if cells else []
 
 
 def _point(every_RS: np.ndarray) -> float:

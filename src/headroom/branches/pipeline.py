@@ -1,31 +1,25 @@
 """The jobs of the branches study, from files to files."""
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import torch
-from tqdm import tqdm
 
-from headroom.branches.batches import Draws, evaluation_packs, micro_batch
-from headroom.branches.layout import columns
-from headroom.branches.model import Stack, inputs
+from headroom.branches.batches import Draws, micro_batch
+from headroom.branches.model import Stack
 from headroom.branches.runs import Stack as Planned
 from headroom.branches.runs import branch_range
-from headroom.branches.saved import load_stack, save_run
+from headroom.branches.saved import save_run
 from headroom.branches.stack import Members, adamw, sum_of_losses
 from headroom.branches.texts import Texts, load_texts
 from headroom.checkpoints import (
     POSITIONS,
-    check_manifest,
     copy_tokenizer,
-    read_json,
     resolve_device,
     write_json,
     write_manifest,
 )
+from headroom.errors import InputError
 from headroom.language_model import special_tokens
 from headroom.training import DivergedError, Plan, Progress, train, warmup_cosine
 
@@ -70,23 +64,31 @@ def train_stack(
     members = Members(Stack(sizes, stack.rotations, group.mask, group.seed)).to(device).train()
     try:
         progress = _fit(own, stack, members, store, device, state, halvings)
-    except DivergedError:
+    except DivergedError as error:
         if not members.diverged.all():
             raise
-        progress = Progress(step=int(members.step))
+        progress = error.progress
+    except InputError as error:
+        raise InputError(f"{error}: smaller branches.stack or branches.train.micro_texts") from None
     for place, run in enumerate(stack.runs):
         folder = output / run.name
         folder.mkdir()
-        ended = int(members.diverged[place])
-        facts = {"run": run.name, "status": "diverged" if ended else "trained"}
-        facts |= {"step": ended or progress.step}
-        if not ended:
-            facts |= {"tokens": progress.tokens, "parameters": members.stack.parameters_of_one}
+        _write(folder, run.name, members, place, progress)
+        if not members.diverged[place]:
             save_run(members.stack, place, folder, words)
             copy_tokenizer(tokenizer, folder)
-        write_json(folder / "training_log.json", _log(progress, place, ended))
-        write_json(folder / "run.json", facts)
     write_manifest(output)
+
+
+def _write(folder: Path, name: str, members: Members, place: int, progress: Progress) -> None:
+    """Write what became of a member, and its log."""
+    ended = int(members.diverged[place])
+    facts: dict = {"run": name, "status": "diverged" if ended else "trained"}
+    facts["step"] = ended or progress.step
+    if not ended:
+        facts |= {"tokens": progress.tokens, "parameters": members.stack.parameters_of_one}
+    write_json(folder / "training_log.json", _log(progress, place, ended))
+    write_json(folder / "run.json", facts)
 
 
 def sizes_of(own: Mapping, stack: Planned, vocabulary: int, longest: int) -> dict:
@@ -155,62 +157,3 @@ def _log(progress: Progress, place: int, diverged: int) -> list[dict]:
         for row in progress.log
     ]
     return [row for row in rows if not diverged or row["step"] < diverged]
-
-
-@torch.no_grad()
-def evaluate_stack(
-    settings: Mapping, stack: Planned, folder: str, texts: str, branches: int, halvings: int
-) -> pd.DataFrame:
-    """Judge the trained members of a stack on the same texts, so many of them side by side.
-
-    In float32 on every device: what is compared are small differences.
-
-    Returns:
-        A row a run and text: run, branches, text, document, nll (nats, summed over the text's
-        predicted tokens), tokens.
-    """
-    own = settings["branches"]
-    torch.set_num_threads(settings["compute"]["threads"])
-    device = resolve_device(settings["compute"]["device"])
-    check_manifest(folder)
-    folders = {run.name: Path(folder) / run.name for run in stack.runs}
-    trained = {
-        name: path
-        for name, path in folders.items()
-        if read_json(path / "run.json")["status"] == "trained"
-    }
-    store = load_texts(texts)
-    nll_KN = np.zeros((len(trained), len(store.lengths)))
-    if trained:
-        model = load_stack(list(trained.values())).to(device).eval()
-        packs = evaluation_packs(len(store.lengths), branches)
-        size = max(1, (own["evaluation"]["micro_texts"] // branches) >> halvings)
-        offsets_N = _offsets(store, own["offsets"]["evaluation"])
-        for start in tqdm(range(0, len(packs), size), file=sys.stderr, mininterval=1.0):
-            chosen = packs[start : start + size]
-            batch = columns(store, chosen, [offsets_N[pack].tolist() for pack in chosen])
-            found_KP = model.losses(inputs(batch, device)).double().cpu().numpy()
-            owner_P = batch.text_BS[batch.labels_BS >= 0]
-            for nll_N, found_P in zip(nll_KN, found_KP, strict=True):
-                nll_N += np.bincount(owner_P, weights=found_P, minlength=len(nll_N))
-    return _losses(dict(zip(trained, nll_KN, strict=True)), store, branches)
-
-
-def _losses(found: Mapping[str, np.ndarray], texts: Texts, branches: int) -> pd.DataFrame:
-    count = len(texts.lengths)
-    columns_of = {
-        "run": np.repeat(list(found), count),
-        "branches": branches,
-        "text": np.tile(np.arange(count), len(found)),
-        "document": np.tile(texts.documents, len(found)),
-        "nll": np.concatenate([np.zeros(0), *found.values()]),
-        "tokens": np.tile(texts.lengths - 1, len(found)),
-    }
-    return pd.DataFrame(columns_of)
-
-
-def _offsets(texts: Texts, wanted: bool) -> np.ndarray:
-    """Return at what time each text begins, the same at every number of branches."""
-    if not wanted:
-        return np.zeros(len(texts.lengths), dtype=np.int64)
-    return np.random.default_rng(0).integers(texts.lengths + 1)

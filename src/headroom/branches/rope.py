@@ -4,15 +4,12 @@ Shapes: K members of a stack, B samples, S columns, d head size, F = d/2 pairs.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from headroom.branches.runs import BANDS, COORDINATES, Rotation
 from headroom.errors import InputError
-
-if TYPE_CHECKING:
-    from headroom.branches.runs import Rotation
 
 FLAT, TIME, BRANCH = range(3)  # what a pair turns with
 
@@ -33,8 +30,8 @@ def pair_kinds(head_size: int, ratio: float, coordinate: str = "flat", band: str
         InputError: for a value that is none of these.
     """
     for key, value, allowed in (
-        ("coordinate", coordinate, ("flat", "time")),
-        ("band", band, ("low", "high")),
+        ("coordinate", coordinate, COORDINATES),
+        ("band", band, BANDS),
     ):
         if value not in allowed:
             raise InputError(f"rotation {key} is {value!r} (allowed: {', '.join(allowed)})")
@@ -66,7 +63,7 @@ class Rotary(nn.Module):
     frequencies_F: Tensor
     places_KF: Tensor
 
-    def __init__(self, head_size: int, theta: float, rotations: "Sequence[Rotation]"):
+    def __init__(self, head_size: int, theta: float, rotations: Sequence[Rotation]):
         """Note which table each pair of each member reads.
 
         Args:

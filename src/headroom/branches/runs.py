@@ -74,7 +74,8 @@ class Rotation:
     @property
     def place(self) -> tuple:
         """Return what members of a stack are sorted by: the default's ratios come first."""
-        return COORDINATES.index(self.coordinate), BANDS.index(self.band), self.stride, self.ratio
+        kind = COORDINATES.index(self.coordinate), BANDS.index(self.band)
+        return *kind, self.stride != STRIDE, self.stride, self.ratio
 
 
 @dataclass(frozen=True, order=True)

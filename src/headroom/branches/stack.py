@@ -72,10 +72,11 @@ class Members(nn.Module):
             self.diverged[fresh] = self.step
             names = [self.stack.rotations[k].name for k in fresh.nonzero().flatten().tolist()]
             print(f"diverged at step {int(self.step)}: {', '.join(names)}", file=sys.stderr)
+        lost = bool(self.failed.any())
         factor_K = (most / (norm_K + EPSILON)).clamp(max=1.0)
         for gradient in gradients:
             gradient.mul_(factor_K.view(-1, *[1] * (gradient.ndim - 1)))
-            if self.failed.any():
+            if lost:
                 gradient[self.failed] = 0.0  # NaN times zero is NaN
         return math.inf if self.failed.all() else float(norm_K[~self.failed].max())
 

@@ -28,12 +28,8 @@ def tabulate(
     """
     counts = branches["ablations"][name]["evaluation_branches"]
     wanted = [(run, count) for run in grid.ablation_runs(branches, name) for count in counts]
-    statuses = {
-        path.parent.name: read_json(path)
-        for folder in stacks
-        for path in sorted(Path(folder).glob("*/run.json"))
-    }
-    found = tables.Losses(_frames(losses, {run.name for run, _ in wanted}), bootstrap)
+    statuses, owned = _statuses(stacks, {run.name for run, _ in wanted})
+    found = tables.Losses(_frames(losses, owned), bootstrap)
     leading = tables.leading_columns(run.group.architecture for run, _ in wanted)
     setting = tables.describe(found)
     verdicts = hypotheses.hypotheses(wanted, statuses, found)
@@ -45,8 +41,23 @@ def tabulate(
     write_json(Path(outputs["setting"]), {"setting": setting})
 
 
-def _frames(paths: Iterable[str], wanted: set[str]) -> Iterable[pd.DataFrame]:
-    """Read losses without the runs of a stack that another ablation asked for."""
-    for path in paths:
+def _statuses(stacks: Sequence[str], wanted: set[str]) -> tuple[dict, dict]:
+    """Return what became of each run, and which runs are read from which (group, stack).
+
+    A run may lie in two stacks; the first is read.
+    """
+    statuses: dict[str, dict] = {}
+    owned: dict[tuple[str, str], set[str]] = {}
+    for folder in map(Path, stacks):
+        found = {path.parent.name: read_json(path) for path in sorted(folder.glob("*/run.json"))}
+        own = {name: found[name] for name in found if name in wanted and name not in statuses}
+        owned[folder.parts[-2:]] = set(own)
+        statuses |= own
+    return statuses, owned
+
+
+def _frames(paths: Iterable[str], owned: Mapping[tuple, set[str]]) -> Iterable[pd.DataFrame]:
+    """Read losses without the runs that another ablation asked for or another stack gave."""
+    for path in map(Path, paths):
         frame = pd.read_parquet(path)
-        yield frame[frame["run"].isin(wanted)]
+        yield frame[frame["run"].isin(owned[path.parts[-3:-1]])]

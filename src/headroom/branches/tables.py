@@ -183,7 +183,9 @@ def results(
         row |= {"rope_ratio": float(run.rotation.ratio), "train_branch": run.group.train_branch}
         row |= {"eval_branch": count} | _loss(run, count, statuses, losses)
         row |= {"tokens": losses.tokens, "texts": losses.texts, "seed": run.group.seed}
-        rows.append(row | _settings(run) | {"status": statuses[run.name]["status"]})
+        status = statuses[run.name]
+        row |= _settings(run) | {"status": status["status"]}
+        rows.append(row | {"train_tokens": status.get("tokens")})
     return pd.DataFrame(rows)
 
 

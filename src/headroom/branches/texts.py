@@ -75,8 +75,8 @@ def write_texts(
     counts["dropped_duplicates"] = len(found.documents) - len(kept)
     counts |= _save(found, chosen, Path(output))
     print(
-        f"{split}: {counts['texts']} texts of {counts['documents']} documents; of those longer than "
-        f"{settings['length']} tokens {counts['cut']} were cut ({settings['long_texts']}), "
+        f"{split}: {counts['texts']} texts of {counts['documents']} documents; of those longer "
+        f"than {settings['length']} tokens {counts['cut']} were cut ({settings['long_texts']}), "
         f"{counts['dropped_long']} dropped; {counts['dropped_duplicates']} duplicates dropped",
         file=sys.stderr,
     )

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from headroom.branches.batches import Draws, evaluation_packs, micro_batch
+from headroom.branches.batches import Draws, micro_batch
+from headroom.branches.judge import evaluation_packs
 from headroom.errors import InputError
 
 LENGTHS = np.random.default_rng(0).integers(2, 60, 500)

@@ -10,6 +10,7 @@ import pytest
 from headroom.branches import figures
 from headroom.branches.runs import Architecture, Run, group, rotation
 from headroom.branches.tables import architecture_fields, is_main
+from headroom.plotting import save
 
 SMALL = {"ratios": (0, 0.5, 1), "trains": ("fixed1", "1-3"), "counts": (1, 2, 4)}
 FULL = {
@@ -146,19 +147,18 @@ def test_architectures_are_compared_where_there_are_several(architectures, ticks
     assert len(last) == len(FULL["ratios"])
 
 
-def test_files_are_named_by_architecture_and_equal_when_drawn_again(tmp_path):
+def test_figures_are_equal_when_drawn_again_and_say_what_diverged(tmp_path):
     table = means(**SMALL, architectures=((64, 4), (128, 8)))
     table.loc[table.rope_ratio == 1, ["loss", "low", "high"]] = np.nan
     table.loc[table.rope_ratio == 1, "trained"] = 0
     table.loc[table.rope_ratio == 0.5, "trained"] = 2
-    first = figures.draw(table, tmp_path / "one", SETTING)
-    names = ["loss-64-d16-h4", "ratio-64-d16-h4", "loss-128-d16-h8", "ratio-128-d16-h8"]
-    assert [path.stem for path in first] == [*names, "architectures"]
-    assert len(list((tmp_path / "one").iterdir())) == 10
-    one = table[table.architecture == "64-d16-h4"]
-    again = figures.draw(one, tmp_path / "two", SETTING)
-    assert [path.stem for path in again] == names[:2]
-    for path in (tmp_path / "two").iterdir():
+    for name in ("one", "two"):
+        for kind, made in (("loss", figures.loss_figure), ("ratio", figures.ratio_figure)):
+            save(made(table, "64-d16-h4", SETTING), tmp_path / name / f"{kind}.png")
+        save(figures.architecture_figure(table, SETTING), tmp_path / name / "all.png")
+    made = sorted((tmp_path / "two").iterdir())
+    assert len(made) == 6
+    for path in made:
         assert path.read_bytes() == (tmp_path / "one" / path.name).read_bytes(), path.name
     titles = [axis.get_title() for axis in figures.loss_figure(table, "64-d16-h4").axes]
     lost = ["ratio 0.5\n(2 of 6 runs diverged)", "ratio 1\n(6 of 6 runs diverged)"]

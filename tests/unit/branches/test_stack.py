@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from headroom.branches import pipeline
 from headroom.branches.batches import Draws
+from headroom.branches.judge import evaluate_stack
 from headroom.branches.model import Stack
-from headroom.branches.pipeline import evaluate_stack, train_stack
+from headroom.branches.pipeline import train_stack
 from headroom.branches.runs import Rotation, parse_stack
 from headroom.branches.stack import Members, member_norms, sum_of_losses
 from headroom.branches.texts import Texts
@@ -179,11 +180,14 @@ def test_a_diverging_member_takes_no_sibling_with_it(folders, stacked, tmp_path,
     assert set(rows.run) == {found[name].name for name in NAMES if name != "r05"}
 
 
-def test_a_stack_in_which_all_diverged_says_so_of_each(folders, tmp_path, spoiled):
-    spoiled(2, "all")
+def test_a_stack_in_which_all_diverged_says_so_of_each(folders, stacked, tmp_path, spoiled):
+    spoiled(10, "all")
     found = trained(folders, tmp_path / "a")
     facts = [json.loads((folder / "run.json").read_text()) for folder in found.values()]
-    assert [(row["status"], row["step"]) for row in facts] == [("diverged", 3)] * len(NAMES)
+    assert [(row["status"], row["step"]) for row in facts] == [("diverged", 11)] * len(NAMES)
+    for name, folder in found.items():  # what was logged before is kept
+        whole = json.loads((stacked[name] / "training_log.json").read_text())
+        assert json.loads((folder / "training_log.json").read_text()) == whole[:1]
 
 
 class Killed(Exception):

@@ -118,7 +118,7 @@ def test_the_full_grid_has_a_row_a_point_in_a_fixed_order(architectures, leading
     table = tables.results(mixed, trained(wanted), losses, leading)
     setting = ["low", "high", "tokens", "texts", "seed", "coordinate", "band", "stride", "mask"]
     seeds = ["rope_ratio", "train_branch", "eval_branch", "loss", "ppl"]
-    assert list(table) == [*leading, *seeds, *setting, "status"]
+    assert list(table) == [*leading, *seeds, *setting, "status", "train_tokens"]
     own, others = table[:rows], table[rows:]
     assert len(others) == 2 * len(COUNTS)
     assert others["mask"].tolist() == ["columns"] * len(COUNTS) + ["isolated"] * len(COUNTS)
