@@ -31,11 +31,11 @@ BEFORE = {
         "branches.ablations.branch.ratios.0 is 1.2",
     ),
     "branch_heads": (
-        changed("branches.ablations.heads.architectures.1", {"hidden": 64, "heads": 3}),
+        changed("branches.ablations.heads.architectures", [{"hidden": 64, "heads": 3}]),
         "branches.ablations.heads.architectures: 3 heads don't divide hidden 64",
     ),
     "branch_head_size": (
-        changed("branches.ablations.heads.architectures.1", {"hidden": 34, "heads": 2}),
+        changed("branches.ablations.heads.architectures", [{"hidden": 34, "heads": 2}]),
         "is a head size of 17 (allowed: even and at least 16)",
     ),
     "branches_above_texts": (

@@ -10,7 +10,7 @@ from textwrap import fill
 import numpy as np
 import pandas as pd
 
-from headroom.branches.runs import MASKS, STRIDE, rotation
+from headroom.branches.runs import COMMON_MASK, STRIDE, rotation
 from headroom.branches.tables import SETTINGS, is_dynamic, train_order
 from headroom.plotting import MARKERS, NEUTRAL, figure
 
@@ -128,7 +128,7 @@ def control_words(row: Mapping) -> str:
         words.append("high band")
     if row["stride"] != STRIDE:
         words.append(f"stride {row['stride']}")
-    if row["mask"] != MASKS[0]:
+    if row["mask"] != COMMON_MASK:
         words.append(MASK_WORDS.get(row["mask"], f"mask {row['mask']}"))
     return ", ".join(words)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from headroom.branches.runs import (
     BANDS,
+    COMMON_MASK,
     COORDINATES,
     MASKS,
     MOST_DECIMALS,
@@ -143,7 +144,7 @@ def check(branches: Mapping) -> None:
 
 def _main(rotated: Rotation, shared: Group) -> bool:
     """Return whether a run differs from the study's own in nothing that a control may change."""
-    return rotated == rotation(rotated.ratio) and shared.mask == MASKS[0]
+    return rotated == rotation(rotated.ratio) and shared.mask == COMMON_MASK
 
 
 def _architecture(entry: Mapping) -> Architecture:

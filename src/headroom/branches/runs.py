@@ -18,7 +18,8 @@ from headroom.errors import InputError
 
 COORDINATES = ("flat", "time")  # what the pairs turn with that are not two-dimensional
 BANDS = ("low", "high")  # which frequencies are two-dimensional
-MASKS = registry_names("headroom.branches.masks", "MASKS")  # who sees whom; the first is common
+MASKS = registry_names("headroom.branches.masks", "MASKS")  # who sees whom
+COMMON_MASK = "columns"  # left out of names
 STRIDE = 128  # of the branch coordinate, where a name says nothing else
 COMMON_HEAD_SIZE = 64  # left out of names
 JOINT = "_"  # of a stack's members; SLURM jobs could not be given a name with commas
@@ -29,7 +30,7 @@ _ARCHITECTURE = rf"{_COUNT}(?:-d{_COUNT})?-h{_COUNT}"
 _ROTATION = (
     rf"r(?:00|10|0[0-9]{{0,{MOST_DECIMALS - 1}}}[1-9])(?:-time)?(?:-high)?(?:-stride{_COUNT})?"
 )
-_MASK = f"(?:-(?:{'|'.join(MASKS[1:])}))?"
+_MASK = f"(?:-(?:{'|'.join(m for m in MASKS if m != COMMON_MASK)}))?"
 _TRAIN_BRANCH = rf"(?:fixed{_COUNT}|{_COUNT}-{_COUNT})"
 _SEED = rf"(?:-s{_COUNT})?"
 _ENDING = rf"{_MASK}-b{_TRAIN_BRANCH}{_SEED}"
@@ -84,7 +85,7 @@ class Group:
 
     architecture: Architecture
     train_branch: str
-    mask: str = MASKS[0]
+    mask: str = COMMON_MASK
     seed: int = 0
 
     @property
@@ -95,7 +96,7 @@ class Group:
     @property
     def ending(self) -> str:
         """Return the part of a name after the architecture, or after a run's rotation."""
-        mask = "" if self.mask == MASKS[0] else f"-{self.mask}"
+        mask = "" if self.mask == COMMON_MASK else f"-{self.mask}"
         return f"{mask}-b{self.train_branch}" + (f"-s{self.seed}" if self.seed else "")
 
 
@@ -150,10 +151,12 @@ def rotation(
 
 
 def group(
-    architecture: Architecture, train_branch: str, mask: str = MASKS[0], seed: int = 0
+    architecture: Architecture, train_branch: str, mask: str = COMMON_MASK, seed: int = 0
 ) -> Group:
     """Return the one group that is trained as asked: a single branch sees the same in any mask."""
-    return Group(architecture, train_branch, MASKS[0] if train_branch == "fixed1" else mask, seed)
+    return Group(
+        architecture, train_branch, COMMON_MASK if train_branch == "fixed1" else mask, seed
+    )
 
 
 def pairs_of(ratio: float, head_size: int) -> int:
@@ -220,7 +223,7 @@ def parse_group(name: str) -> Group:
         raise InputError(f"group {name!r}: {heads} heads don't divide hidden {hidden}")
     branch_range(train_branch)
     made = group(
-        Architecture(hidden, heads), train_branch, mask[1:] or MASKS[0], int(seed[2:] or 0)
+        Architecture(hidden, heads), train_branch, mask[1:] or COMMON_MASK, int(seed[2:] or 0)
     )
     if made.name != name:
         raise InputError(f"group {name!r}: write {made.name} (the same model has one name)")

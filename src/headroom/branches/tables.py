@@ -9,7 +9,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from headroom.branches.runs import MASKS, Architecture, Rotation, Run, branch_range, parse_run
+from headroom.branches.runs import (
+    COMMON_MASK,
+    MASKS,
+    Architecture,
+    Rotation,
+    Run,
+    branch_range,
+    parse_run,
+)
 from headroom.statistics import interval, interval_over_seeds, resampled_sums
 
 TRAINED, DIVERGED = "trained", "diverged"
@@ -123,7 +131,7 @@ def is_dynamic(train_branch: str) -> bool:
 
 def is_main(run: Run) -> bool:
     """Return whether a run is no control: flat coordinate, low band, common stride and mask."""
-    return run.rotation == Rotation(run.rotation.ratio) and run.group.mask == MASKS[0]
+    return run.rotation == Rotation(run.rotation.ratio) and run.group.mask == COMMON_MASK
 
 
 def architecture_fields(architecture: Architecture) -> dict:
