@@ -26,6 +26,10 @@ def test_examples_plan(empty, example):
         assert planned["gate_heads"] > 10 and planned["gates_figures"] == 1
         assert "train_checkpoint" not in planned, "an example replaces the default"
         return
+    if "branches" in example.name:
+        stacks = {"branches-full": (54, 54 * 7), "branches-day": (24, 24 * 6)}[example.stem]
+        assert (planned["train_stack"], planned["evaluate_stack"]) == stacks
+        return
     assert planned["import_checkpoint"] == 1
     assert planned["reduce_heads"] > 5
     assert "train_checkpoint" not in planned, "an example replaces the default"

@@ -153,10 +153,9 @@ def rotation(
 def group(
     architecture: Architecture, train_branch: str, mask: str = COMMON_MASK, seed: int = 0
 ) -> Group:
-    """Return the one group that is trained as asked: a single branch sees the same in any mask."""
-    return Group(
-        architecture, train_branch, COMMON_MASK if train_branch == "fixed1" else mask, seed
-    )
+    """Return the one group that is trained as asked: a single branch has no other to see."""
+    alone = train_branch == "fixed1" and mask == "isolated"
+    return Group(architecture, train_branch, COMMON_MASK if alone else mask, seed)
 
 
 def pairs_of(ratio: float, head_size: int) -> int:
