@@ -182,6 +182,8 @@ def _completed(rows: pd.DataFrame) -> pd.DataFrame:
 def _draw(axis, x, line: pd.DataFrame, style: Mapping, bars: bool = False) -> None:
     """Draw a line with its intervals: a band, or bars where points lie far apart."""
     x, loss, low, high = (np.asarray(v, float) for v in (x, line.loss, line.low, line.high))
+    if len(x) == 1 and "marker" not in style:  # a line of one point shows nothing
+        style = {**style, "marker": "D", "markerfacecolor": "white"}
     axis.plot(x, loss, **style)
     if bars:
         spans = {"elinewidth": 1.1, "capsize": 2.5, "fmt": "none", "ecolor": style["color"]}
