@@ -105,8 +105,8 @@ def test_each_category_shows_its_pictures_and_nothing_is_broken(report, browser)
         assert entry["caption"], f"{path} has no caption"
         assert "System Message" not in entry["caption"], f"the caption of {path} is broken"
         labels = entry["labels"]
-        own = {labels.get("checkpoint"), labels.get("translator"), labels.get("architecture")}
-        assert own & {"tiny", "phrases", "all", "32-d16-h2", "64-d16-h4"}
+        own = {labels.get(name) for name in ("checkpoint", "translator", "ablation")}
+        assert own & {"tiny", "phrases", "branch", "heads"}
     assert sum(path.endswith("table.html") for path in results) == 2
     severe = [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
     assert severe == []

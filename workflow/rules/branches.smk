@@ -149,14 +149,12 @@ rule branch_figures:
         loss=branches_shown(
             "figures/loss-{architecture}.png",
             "branches_loss",
-            "loss against branches",
-            architecture="{architecture}",
+            "loss against branches, {architecture}",
         ),
         ratio=branches_shown(
             "figures/ratio-{architecture}.png",
             "branches_ratio",
-            "loss against ratio",
-            architecture="{architecture}",
+            "loss against ratio, {architecture}",
         ),
         svg=expand(
             "results/branches/{{ablation}}/figures/{figure}-{{architecture}}.svg",

@@ -10,17 +10,18 @@ STACK_SETTINGS = [
 ]
 
 
-def branches_shown(name, caption, figure, architecture="all"):
+def branches_shown(name, caption, figure):
     """A figure or table of an ablation that the report shows.
 
-    All of a subcategory need the same labels: the report's page goes blank otherwise.
+    Architectures stand in the figure's label: where a label of their own had two values, the
+    report's page would make a switch of it and go blank for what has no second.
     """
     return report(
         f"results/branches/{{ablation}}/{name}",
         caption=f"../report/{caption}.rst",
         category="Parallel branches",
         subcategory="{ablation}",
-        labels={"figure": figure, "architecture": architecture},
+        labels={"ablation": "{ablation}", "figure": figure},
     )
 
 
