@@ -37,6 +37,7 @@ def load(config: dict, schema: Path) -> dict:
         )
     first = next(iter(full["corpora"]))
     full["evaluation"].setdefault("corpora", [first])
+    full["branches"].setdefault("corpus", first)
     for study in STUDIES:
         full[study].setdefault("checkpoints", list(full["checkpoints"]))
         full[study]["calibration"].setdefault("corpus", first)
@@ -49,7 +50,6 @@ def load(config: dict, schema: Path) -> dict:
     families.check(full["heads"])
     ffn_families.check(full["ffn"])
     _complete_translators(full)
-    full["branches"].setdefault("corpus", first)
     grid.check(full["branches"])
     for recipe in all_recipes(full):
         check_recipe(recipe, full)
@@ -251,6 +251,7 @@ def _check_references(config: dict) -> None:
         for name, source in config["checkpoints"].items()
         if "train" in source
     ]
+    references.append(("branches.corpus", config["branches"]["corpus"], "corpora"))
     for key, name, table in references:
         if name not in config[table]:
             raise InputError(

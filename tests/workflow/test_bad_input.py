@@ -26,6 +26,10 @@ BEFORE = {
         "config key ffn.prunes.0: recipe step 'prune-flap-ot_row-r0.50': fusion 'ot_row'",
     ),
     "no_prune_step": (changed("ffn.saved", ["remove-flap-drop-b2x1"]), "is no prune step"),
+    "branch_corpus": (
+        changed("branches.corpus", "doks"),
+        "corpus: doks is not among corpora",
+    ),
     "branch_ratio": (
         changed("branches.ablations.branch.ratios", [1.2]),
         "branches.ablations.branch.ratios.0 is 1.2",

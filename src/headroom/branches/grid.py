@@ -140,6 +140,12 @@ def check(branches: Mapping) -> None:
             _check_control(place, control, ablation)
     _check_evaluation(branches)
     _check_rates(branches)
+    steps, warmup = branches["train"]["steps"], branches["train"]["warmup"]
+    if branches["ablations"] and warmup >= steps:
+        raise InputError(
+            f"config key branches.train.warmup is {warmup}, but there are {steps} steps (allowed: "
+            f"fewer than branches.train.steps)"
+        )
 
 
 def _main(rotated: Rotation, shared: Group) -> bool:

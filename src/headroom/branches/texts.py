@@ -141,7 +141,8 @@ def _order(texts: int, wanted: int | None, split: str) -> np.ndarray:
         )
     if wanted is not None and wanted > texts:
         raise InputError(
-            f"config key branches.texts.{split}: {texts} texts are there (allowed: at most {texts})"
+            f"config key branches.texts.{split} is {wanted}, but there are {texts} texts "
+            f"(allowed: at most {texts})"
         )
     return np.random.default_rng(SEED).permutation(texts)[:wanted]
 

@@ -37,7 +37,7 @@ def section(ablations, **others):
         "seeds": [0],
         "stack": 6,
         "texts": {"train": None, "evaluation": 960},
-        "train": {"texts": 64, "learning_rates": {}},
+        "train": {"texts": 64, "learning_rates": {}, "steps": 100, "warmup": 10},
         "ablations": ablations,
         **others,
     }
@@ -322,6 +322,12 @@ def test_what_can_t_be_meant_is_refused(small, changes, message):
 def test_a_rate_of_no_width_is_refused(small):
     small["train"]["learning_rates"] = {48: 1e-3}
     with pytest.raises(InputError, match=r"learning_rates: 48 is no hidden size of an ablation"):
+        check(small)
+
+
+def test_a_warm_up_that_never_ends_is_refused(small):
+    small["train"]["warmup"] = 100
+    with pytest.raises(InputError, match="warmup is 100, but there are 100 steps"):
         check(small)
 
 

@@ -157,7 +157,7 @@ def test_what_is_refused(inputs, tokenizer, tmp_path):
     with pytest.raises(InputError) as caught:
         write_both(settings(evaluation=22), inputs, tokenizer, tmp_path / "t")
     key = "config key branches.texts.evaluation"
-    assert str(caught.value) == f"{key}: 21 texts are there (allowed: at most 21)"
+    assert str(caught.value) == f"{key} is 22, but there are 21 texts (allowed: at most 21)"
     with pytest.raises(InputError, match=r"branches\.corpus: no text of its train split is left"):
         drop = settings("drop", length=1)
         write_texts(drop, "train", inputs["train"], None, tokenizer, tmp_path / "t")
