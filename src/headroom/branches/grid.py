@@ -10,7 +10,6 @@ from pathlib import Path
 
 from headroom.branches.runs import (
     BANDS,
-    COMMON_MASK,
     COORDINATES,
     MASKS,
     MOST_DECIMALS,
@@ -23,6 +22,7 @@ from headroom.branches.runs import (
     branch_range,
     group,
     in_order,
+    is_main,
     pairs_of,
     parse_stack,
     rotation,
@@ -58,7 +58,7 @@ def ablation_runs(branches: Mapping, name: str) -> list[Run]:
         for rotated, train_branch, mask in _arm(ablation, arm)
         for seed in branches["seeds"]
         # What a control changes nothing of is none, though its ratio or branches be others.
-        if not arm or not _main(rotated, group(architecture, train_branch, mask))
+        if not arm or not is_main(Run(group(architecture, train_branch, mask), rotated))
     ]
     return list(dict.fromkeys(made))
 
@@ -146,11 +146,6 @@ def check(branches: Mapping) -> None:
             f"config key branches.train.warmup is {warmup}, but there are {steps} steps (allowed: "
             f"fewer than branches.train.steps)"
         )
-
-
-def _main(rotated: Rotation, shared: Group) -> bool:
-    """Return whether a run differs from the study's own in nothing that a control may change."""
-    return rotated == rotation(rotated.ratio) and shared.mask == COMMON_MASK
 
 
 def _architecture(entry: Mapping) -> Architecture:
@@ -255,7 +250,7 @@ def _check_control(key: str, control: Mapping, ablation: Mapping) -> None:
         raise InputError(f"{key}.stride is {control['stride']} (allowed: at least 1)")
     anyone = _architecture(ablation["architectures"][0])
     if all(
-        _main(rotated, group(anyone, train_branch, mask))
+        is_main(Run(group(anyone, train_branch, mask), rotated))
         for rotated, train_branch, mask in _arm(ablation, control)
     ):
         raise InputError(

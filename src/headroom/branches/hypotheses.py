@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from headroom.branches.runs import Architecture, Group, Rotation, Run
-from headroom.branches.tables import TRAINED, Losses, is_dynamic, is_main, train_order
+from headroom.branches.runs import TRAINED, Architecture, Group, Rotation, Run, is_main
+from headroom.branches.tables import Losses, is_dynamic, train_order
 from headroom.pages import page
 from headroom.statistics import interval_over_seeds, verdict
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from headroom.branches.layout import columns
 from headroom.branches.model import inputs
+from headroom.branches.runs import TRAINED
 from headroom.branches.runs import Stack as Planned
 from headroom.branches.saved import load_stack
 from headroom.branches.texts import Texts, load_texts
@@ -38,7 +39,7 @@ def evaluate_stack(
     trained = {
         name: path
         for name, path in folders.items()
-        if read_json(path / "run.json")["status"] == "trained"
+        if read_json(path / "run.json")["status"] == TRAINED
     }
     store = load_texts(texts)
     nll_KN = np.zeros((len(trained), len(store.lengths)))

@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from headroom.branches.layout import IGNORED, Batch
 from headroom.branches.masks import MASKS, rule, visible
 from headroom.branches.rope import Rotary
-from headroom.branches.sizes import ffn_width
+from headroom.branches.sizes import LOGITS, ffn_width
 from headroom.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 EPSILON = 1e-5  # of the norms
 INITIAL = 0.02  # standard deviation of initial weights, as transformers' Llama
-LOGITS = 2**26  # held at once in evaluation, so that a large vocabulary fits
 BLOCK = 128  # columns; on a GPU attention works in blocks, and fewer lengths compile less often
 
 

@@ -7,8 +7,8 @@ import torch
 
 from headroom.branches.batches import Draws, micro_batch
 from headroom.branches.model import Stack
+from headroom.branches.runs import DIVERGED, TRAINED, branch_range
 from headroom.branches.runs import Stack as Planned
-from headroom.branches.runs import branch_range
 from headroom.branches.saved import save_run
 from headroom.branches.stack import Members, adamw, sum_of_losses
 from headroom.branches.texts import Texts, load_texts
@@ -83,7 +83,7 @@ def train_stack(
 def _write(folder: Path, name: str, members: Members, place: int, progress: Progress) -> None:
     """Write what became of a member, and its log."""
     ended = int(members.diverged[place])
-    facts: dict = {"run": name, "status": "diverged" if ended else "trained"}
+    facts: dict = {"run": name, "status": DIVERGED if ended else TRAINED}
     facts["step"] = ended or progress.step
     if not ended:
         facts |= {"tokens": progress.tokens, "parameters": members.stack.parameters_of_one}

@@ -22,6 +22,7 @@ MASKS = registry_names("headroom.branches.masks", "MASKS")  # who sees whom
 COMMON_MASK = "columns"  # left out of names
 STRIDE = 128  # of the branch coordinate, where a name says nothing else
 COMMON_HEAD_SIZE = 64  # left out of names
+TRAINED, DIVERGED = "trained", "diverged"  # what a run ends as
 JOINT = "_"  # of a stack's members; SLURM jobs could not be given a name with commas
 MOST_DECIMALS = 4  # of a ratio, because it is part of names
 
@@ -156,6 +157,11 @@ def group(
     """Return the one group that is trained as asked: a single branch has no other to see."""
     alone = train_branch == "fixed1" and mask == "isolated"
     return Group(architecture, train_branch, COMMON_MASK if alone else mask, seed)
+
+
+def is_main(run: Run) -> bool:
+    """Return whether a run is no control: flat coordinate, low band, common stride and mask."""
+    return run.rotation == Rotation(run.rotation.ratio) and run.group.mask == COMMON_MASK
 
 
 def pairs_of(ratio: float, head_size: int) -> int:

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 STATE_BYTES = 16  # of a parameter: weight, gradient and Adam's two moments in float32
 FFN_MULTIPLE = 64
-LOGITS = 2**26  # that an evaluation holds at once
+LOGITS = 2**26  # that an evaluation holds at once, so that a large vocabulary fits
 SAVED = 24  # activations of the width that a layer keeps for its backward pass, about
 
 

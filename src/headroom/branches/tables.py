@@ -10,17 +10,17 @@ import numpy as np
 import pandas as pd
 
 from headroom.branches.runs import (
-    COMMON_MASK,
+    DIVERGED,
     MASKS,
+    TRAINED,
     Architecture,
-    Rotation,
     Run,
     branch_range,
+    is_main,
     parse_run,
 )
 from headroom.statistics import interval, interval_over_seeds, resampled_sums
 
-TRAINED, DIVERGED = "trained", "diverged"
 SETTINGS = ("coordinate", "band", "stride", "mask")  # what sets a control apart
 
 
@@ -127,11 +127,6 @@ def train_order(train_branch: str) -> tuple:
 def is_dynamic(train_branch: str) -> bool:
     """Return whether a training config draws its number of branches anew for each sample."""
     return not train_branch.startswith("fixed")
-
-
-def is_main(run: Run) -> bool:
-    """Return whether a run is no control: flat coordinate, low band, common stride and mask."""
-    return run.rotation == Rotation(run.rotation.ratio) and run.group.mask == COMMON_MASK
 
 
 def architecture_fields(architecture: Architecture) -> dict:

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from headroom.branches import figures
-from headroom.branches.runs import Architecture, Run, group, rotation
-from headroom.branches.tables import architecture_fields, is_main
+from headroom.branches.runs import Architecture, Run, group, is_main, rotation
+from headroom.branches.tables import architecture_fields
 from headroom.plotting import save
 
 SMALL = {"ratios": (0, 0.5, 1), "trains": ("fixed1", "1-3"), "counts": (1, 2, 4)}

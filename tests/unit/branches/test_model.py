@@ -30,12 +30,7 @@ ROTATIONS = (
 WORDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def spread(sizes=SIZES, rotations=ROTATIONS, mask="columns", seed=0):
