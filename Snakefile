@@ -15,7 +15,7 @@ for name in ("common", "inputs", "corpora", "checkpoints", "evaluation"):
     include: f"workflow/rules/{name}.smk"
 
 
-for name in ("heads", "ffn", "gates", "branches"):
+for name in ("heads", "ffn", "gates", "branches", "gradients"):
 
     include: f"workflow/rules/{name}_inputs.smk"
     include: f"workflow/rules/{name}.smk"
@@ -30,6 +30,7 @@ localrules:
     ffn,
     gates,
     branches,
+    gradients,
     evaluations,
 
 
@@ -40,6 +41,7 @@ rule all:
         ffn_targets(),
         gates_targets(),
         branches_targets(),
+        gradients_targets(),
         evaluation_targets(),
 
 
@@ -61,6 +63,11 @@ rule gates:
 rule branches:
     input:
         branches_targets(),
+
+
+rule gradients:
+    input:
+        gradients_targets(),
 
 
 rule evaluations:

@@ -310,6 +310,16 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digest_folder(folder: str | os.PathLike) -> str:
+    """SHA-256 of what a folder holds, by its manifest where it has one."""
+    folder = Path(folder)
+    if (folder / MANIFEST).is_file():
+        return digest_file(folder / MANIFEST)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    entries = [[path.relative_to(folder).as_posix(), digest_file(path)] for path in files]
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
 def write_manifest(folder: Path) -> None:
     """Record size and SHA-256 of each file of an artifact folder in its ``manifest.json``."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)

@@ -16,6 +16,7 @@ from headroom.corpora.forms import check_locales
 from headroom.errors import InputError
 from headroom.ffn import families as ffn_families
 from headroom.gates import families as gate_families
+from headroom.gradients import families as gradient_families
 from headroom.heads import families
 from headroom.recipes import TRANSLATOR_STEPS, Recipe, format_step, parse_recipe
 
@@ -51,6 +52,7 @@ def load(config: dict, schema: Path) -> dict:
     ffn_families.check(full["ffn"])
     _complete_translators(full)
     grid.check(full["branches"])
+    _complete_instructions(full)
     for recipe in all_recipes(full):
         check_recipe(recipe, full)
     _check_controls(full)
@@ -106,6 +108,28 @@ def _complete_translators(config: dict) -> None:
                 f"config key translators.{name}: checkpoints has the same name (allowed: another)"
             )
         _check_translator(name, source, gates if name in gates["translators"] else None)
+
+
+def _complete_instructions(config: dict) -> None:
+    """Find the files of samples, note package versions, fill in what the study leaves out."""
+    own, sets = config["gradients"], config["instructions"]
+    own.setdefault("checkpoints", list(config["checkpoints"]) if sets else [])
+    own.setdefault("instructions", list(sets))
+    for name, source in sets.items():
+        key = f"instructions.{name}"
+        if "path" in source:
+            source["path"] = _files(f"{key}.path", source["path"])
+        if brought := source["paraphraser"].get("path"):
+            brought["path"] = _files(f"{key}.paraphraser.path.path", brought["path"])
+        if "packages" in source:
+            source["versions"] = {
+                package: installed_version(package, f"{key}.packages")
+                for package in source["packages"]
+            }
+    known = {name: _positions(name, config) for name in config["checkpoints"]}
+    limits = {name: limit for name, limit in known.items() if limit is not None}
+    _complete_length("gradients.length", own, "length", limits)
+    gradient_families.check(config)
 
 
 def _complete_pairs(name: str, source: dict) -> None:
@@ -173,11 +197,19 @@ def _check_base(name: str, source: dict, config: dict) -> None:
         folder = Path(source["path"]).expanduser()
         if not folder.is_dir():
             raise InputError(f"config key checkpoints.{name}.path: there is no folder {folder}")
-        geometry(read_config(folder), f"config key checkpoints.{name}")
+        config_of = read_config(folder)
+        if name in _reduced(config):
+            geometry(config_of, f"config key checkpoints.{name}")
         source["path"] = str(folder)
     if "train" in source:
         source["train"].setdefault("corpus", next(iter(config["corpora"])))
         base_geometry(name, config)
+
+
+def _reduced(config: dict) -> set[str]:
+    """Base checkpoints whose heads or channels are studied: only some families are served there."""
+    recipes = [name for study in STUDIES for name in config[study]["checkpoints"]]
+    return {name.split("+")[0] for name in (*recipes, *config["evaluation"]["recipes"])}
 
 
 def base_geometry(name: str, config: dict) -> Geometry | None:
@@ -218,13 +250,18 @@ def _complete_windows(config: dict) -> None:
     sections = {"evaluation.window": config["evaluation"]}
     sections |= {f"{study}.calibration.window": config[study]["calibration"] for study in STUDIES}
     for key, section in sections.items():
-        window = section.setdefault("window", min([WINDOW, *known.values()]))
-        for name, limit in known.items():
-            if window > limit:
-                raise InputError(
-                    f"config key {key} is {window}, but checkpoint {name} takes {limit} tokens "
-                    f"(allowed: at most {limit})"
-                )
+        _complete_length(key, section, "window", known)
+
+
+def _complete_length(key: str, section: dict, own: str, limits: dict[str, int]) -> None:
+    """Fill in a length in tokens that is left out, refuse one that a checkpoint can't take."""
+    length = section.setdefault(own, min([WINDOW, *limits.values()]))
+    for name, limit in limits.items():
+        if length > limit:
+            raise InputError(
+                f"config key {key} is {length}, but checkpoint {name} takes {limit} tokens "
+                f"(allowed: at most {limit})"
+            )
 
 
 def _positions(name: str, config: dict) -> int | None:
@@ -262,6 +299,7 @@ def _check_references(config: dict) -> None:
 def all_recipes(config: dict) -> list[str]:
     """Return every recipe that a target needs, sorted, each once."""
     recipes = set(config["evaluation"]["recipes"])
+    recipes |= set(config["gradients"]["checkpoints"])
     made = {"heads": families.steps(config["heads"]), "ffn": config["ffn"]["saved"]}
     made["ffn"] = [*made["ffn"], *ffn_families.steps(config["ffn"])]
     for study, steps in made.items():
@@ -286,7 +324,7 @@ def check_recipe(name: str, config: dict) -> None:
                 f"recipe {name}: step {format_step(step)} is for translators, {recipe.base} is a "
                 f"decoder (allowed: merge, remove, prune)"
             )
-    sizes = base_geometry(recipe.base, config)
+    sizes = base_geometry(recipe.base, config) if recipe.steps else None
     if sizes is not None:
         families.check_budgets(name, recipe.steps, sizes)
         ffn_families.check_family(f"recipe {name}", recipe.steps, sizes.family)

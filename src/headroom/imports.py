@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from headroom.checkpoints import (
     INDEX,
     TOKENIZER_FILES,
-    geometry,
     read_config,
     read_index,
     write_manifest,
@@ -68,7 +67,7 @@ def import_checkpoint(source: dict, name: str, output: Path) -> str | None:
             f"model.safetensors, or shards with an index; pickled weights such as .bin can run "
             f"code and are not opened: save the model with safe_serialization)"
         )
-    geometry(read_config(output), f"config key checkpoints.{name}")
+    read_config(output)  # which families are served is each study's own matter
     write_manifest(output)
     return folder.name if "hub" in source else None  # a snapshot's folder is named by its commit
 

@@ -145,9 +145,23 @@ def training_state(code: str, settings: object, inputs: list[str]) -> Iterator[P
         yield folder
 
 
+@contextlib.contextmanager
+def shared_state(code: str, keep: bool) -> Iterator[Path]:
+    """Yield a folder that several jobs of the same code fill together.
+
+    The workflow removes it when it ends well, unless it is to be kept: then it lies among the
+    results. What lies in it must be told apart by its users.
+    """
+    folder = (STATE.parent if keep else STATE) / "features" / fingerprint(code)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield folder
+
+
 def remove_states() -> None:
-    """Remove the training states and remembered failures that no job is using any more."""
-    for folder in (STATE / "training").glob("*"):
+    """Remove the states and remembered failures that no job is using any more."""
+    for folder in (*(STATE / "training").glob("*"), *(STATE / "features").glob("*")):
         with (folder / "lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

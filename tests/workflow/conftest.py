@@ -35,6 +35,7 @@ SMALL = {
         }
     },
     "pairs": {"cldr": {"cldr": {"pairs": 400}, "limits": {"validation": 8, "test": 12}}},
+    "instructions": {"objects": {"packages": ["python"], "samples": 9, "characters": 120}},
     "translators": {
         "phrases": {
             "longest": 40,
@@ -123,8 +124,19 @@ SMALL = {
             },
         },
     },
+    "gradients": {
+        "settings": ["model_generated"],
+        "backends": ["two_sided"],
+        "answers": {"new_tokens": 6},
+        "batch": 2,
+        "block": 4,
+        "partitions": 2,
+        "two_sided": {"inner": 4, "outer": 4},
+        "permutations": 20,
+        "greedy": 2,
+    },
 }
-TARGETS = ("job", "all", "heads", "ffn", "gates", "branches")  # no jobs of their own
+TARGETS = ("job", "all", "heads", "ffn", "gates", "branches", "gradients")  # no jobs of their own
 
 
 def changed(path, value, config=SMALL):

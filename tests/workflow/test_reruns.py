@@ -36,7 +36,21 @@ def test_comments_docstrings_touch_and_a_fresh_clone_rerun_nothing(copied):
 ALL_ABLATIONS = {"branch_results": 2, "branch_figures": 3, "branch_architectures": 1}
 HEADS_ABLATION = {"branch_results": 1, "branch_figures": 2, "branch_architectures": 1}
 BRANCH_ABLATION = {"branch_results": 1, "branch_figures": 1}
+READ = {"gradient_retrieval": 1, "gradient_figures": 1}
 CASES = {
+    "partition_added": (
+        changed("gradients.partitions", 3),
+        {"gradient_dots": 3, "merge_dots": 1, **READ},
+    ),
+    "setting_added": (
+        changed("gradients.settings", ["model_generated", "paraphrased"]),
+        {"gradient_dots": 2, "merge_dots": 1, **READ},
+    ),
+    "backend_added": (
+        changed("gradients.backends", ["two_sided", "auto"]),
+        {"gradient_dots": 2, "merge_dots": 1, **READ},
+    ),
+    "disk_changes_no_dot_product": (changed("gradients.disk_gb", 0), {}),
     "ratio_added": (
         changed("branches.ablations.branch.ratios", [0, 0.5, 1]),
         {"train_stack": 1, "evaluate_stack": 2, **BRANCH_ABLATION},
@@ -93,6 +107,7 @@ CASES = {
             "ffn_figures": 1,
             "gates_figures": 1,
             **ALL_ABLATIONS,
+            **READ,
         },
     ),
     "latency": (
@@ -171,6 +186,20 @@ def test_a_changed_setting_reruns_exactly_its_jobs(copied, case):
 
 EDITS = {
     # file, old, new, rules that must run, rules that must not
+    "per_sample_gradients": (
+        "src/headroom/gradients/capture.py",
+        "return sums_n / inside_nT.sum(1)",
+        "return 1.0 * sums_n / inside_nT.sum(1)",
+        {"gradient_dots", "merge_dots", "projection_errors", "gradient_retrieval"},
+        {"instruction_pairs", "paraphrase_pairs", "answer_prompts", "train_checkpoint"},
+    ),
+    "paraphrase_rules": (
+        "src/headroom/corpora/paraphrase_words.py",
+        "{",
+        "{'zzz': 'zz'} and {",
+        {"paraphrase_pairs", "answer_prompts", "gradient_dots"},
+        {"instruction_pairs", "train_checkpoint", "text_documents"},
+    ),
     "rope": (
         "src/headroom/branches/rope.py",
         "torch.arange(0, head_size, 2",
@@ -276,10 +305,19 @@ RULE_SETTINGS = {
     "branch_results": ("evaluation.bootstrap.seed", 1),
     "branch_figures": ("branches.seeds", [0, 1]),
     "branch_architectures": ("branches.layers", 2),
+    "instruction_pairs": ("instructions.objects.characters", 100),
+    "paraphrase_pairs": ("instructions.objects.paraphraser", {"rules": {"strength": 0.5}}),
+    "answer_prompts": ("gradients.answers.new_tokens", 5),
+    "gradient_dots": ("gradients.batch", 4),
+    "merge_dots": ("gradients.partitions", 3),
+    "gradient_retrieval": ("gradients.permutations", 30),
+    "gradient_figures": ("gradients.greedy", 3),
+    "projection_errors": ("gradients.two_sided.inner", 3),
 }
 
 
-STUDIES = {"translators": "gates", "pairs": "gates"}  # sections that only one study reads
+# Sections that only one study reads.
+STUDIES = {"translators": "gates", "pairs": "gates", "instructions": "gradients"}
 
 
 def waves():

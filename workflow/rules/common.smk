@@ -1,5 +1,6 @@
 """Configuration, wildcards and the few helpers that rules share."""
 
+import itertools
 import os
 import re
 import sys
@@ -13,6 +14,7 @@ from headroom.branches.sizes import evaluation_bytes, training_bytes
 from headroom.errors import InputError
 from headroom.ffn import families as ffn_families
 from headroom.gates import families as gate_families
+from headroom.gradients import families as gradient_families
 from headroom.heads import families
 from headroom.imports import source_files
 from headroom.recipes import METRICS, Gate, Mask, Merge, Prune, Remove
@@ -62,6 +64,10 @@ wildcard_constraints:
     branches=r"\d+",
     ablation=either(config["branches"]["ablations"]),
     architecture=runs.architecture_regex(),
+    instructions=either(config["instructions"]),
+    setting="|".join(gradient_families.SETTINGS),
+    backend="|".join(gradient_families.backends()),
+    part=r"\d+-of-\d+",
 
 
 def settings(*keys):

@@ -43,7 +43,7 @@ def documentation(packages: list[str], versions: dict[str, str], key: str) -> It
         InputError: for a package that is not installed or has another version.
     """
     for package in packages:
-        _check_version(package, versions.get(package), key)
+        check_version(package, versions.get(package), key)
     if "python" in packages:
         for topic in _python_topics(key):
             yield from _prose(topic)
@@ -51,7 +51,7 @@ def documentation(packages: list[str], versions: dict[str, str], key: str) -> It
         (hashlib.sha256(f"{package}/{name}".encode()).digest(), path)
         for package in packages
         if package != "python"
-        for name, path in _files(package, key)
+        for name, path in package_files(package, key)
     ]
     for _, path in sorted(files):
         for docstring in docstrings(path):
@@ -109,7 +109,12 @@ def _python_topics(key: str) -> Iterator[str]:
             yield from ast.literal_eval(node.value).values()
 
 
-def _check_version(package: str, wanted: str | None, key: str) -> None:
+def check_version(package: str, wanted: str | None, key: str) -> None:
+    """Refuse a package that is not installed in the wanted version; None stands for any.
+
+    Raises:
+        InputError: naming the key and both versions.
+    """
     found = installed_version(package, key)
     if wanted is not None and found != wanted:
         raise InputError(
@@ -135,7 +140,12 @@ def installed_version(package: str, key: str) -> str:
         raise InputError(f"config key {key}: package {package} is not installed") from None
 
 
-def _files(package: str, key: str) -> Iterator[tuple[str, Path]]:
+def package_files(package: str, key: str) -> Iterator[tuple[str, Path]]:
+    """Yield name inside the package and path of each source file but the tests, unordered.
+
+    Raises:
+        InputError: if there is no package of that import name.
+    """
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None:
         raise InputError(f"config key {key}: package {package} is not installed (import names)")

@@ -180,7 +180,7 @@ def _file_rows(source: Mapping, key: str) -> Iterator[str]:
             yield from _lines(path) if whole else _paragraphs(_lines(path))
         elif path.suffix in BUILDERS:
             options = JSON_OPTIONS if BUILDERS[path.suffix] == "json" else {}
-            loaded = _load(
+            loaded = load_rows(
                 key, BUILDERS[path.suffix], data_files=str(path), split="train", **options
             )
             yield from _fields(loaded, source.get("text", "text"), key)
@@ -214,7 +214,7 @@ def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _hub_rows(source: Mapping, key: str) -> Iterator[str]:
-    loaded = _load(
+    loaded = load_rows(
         key,
         source["hub"],
         source.get("name"),
@@ -224,7 +224,12 @@ def _hub_rows(source: Mapping, key: str) -> Iterator[str]:
     return _fields(loaded, source.get("text", "text"), key)
 
 
-def _load(key: str, *args: Any, **options: Any):
+def load_rows(key: str, *args: Any, **options: Any):
+    """Return the rows of a data set as a stream (arguments of ``datasets.load_dataset``).
+
+    Raises:
+        InputError: if it can't be read, naming the key.
+    """
     import datasets
 
     datasets.disable_progress_bars()

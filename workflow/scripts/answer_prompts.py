@@ -1,0 +1,21 @@
+"""The model's own answers to the paraphrased prompts."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
+
+from headroom import jobs
+
+params = snakemake.params
+jobs.start(snakemake.log[0], params.code, params.settings, snakemake.resources.halvings)
+
+from headroom.gradients.answers import write_answers
+
+write_answers(
+    checkpoint=snakemake.input.checkpoint,
+    prompts=snakemake.input.prompts,
+    settings=params.settings,
+    halvings=snakemake.resources.halvings,
+    output=snakemake.output[0],
+)

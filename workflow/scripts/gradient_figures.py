@@ -1,0 +1,17 @@
+"""Figures of the gradients study."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
+
+from headroom import jobs
+
+params = snakemake.params
+jobs.start(snakemake.log[0], params.code, params.settings, snakemake.resources.halvings)
+
+from headroom.gradients.pipeline import draw
+
+wildcards = snakemake.wildcards
+setting = f"{wildcards.setting}, {wildcards.backend}"
+draw(dict(snakemake.input.items()), setting, dict(snakemake.output.items()))
