@@ -36,6 +36,7 @@ bench: $(STAMP)  ## speed beside the alternative, in one run
 	$(BIN)/python benchmarks/ffn.py
 	$(BIN)/python benchmarks/branch_layout.py
 	$(BIN)/python benchmarks/branches.py
+	$(BIN)/python benchmarks/gradients.py
 
 verify: $(STAMP)  ## the hashes of every checkpoint and record under results/
 	PYTHONPATH=src $(BIN)/python -m headroom.verify results

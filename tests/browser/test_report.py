@@ -22,6 +22,7 @@ PICTURES = {
     ("Translator heads", "Quality"): 2,
     ("Parallel branches", "branch"): 2,
     ("Parallel branches", "heads"): 5,
+    ("Gradients", "tiny, objects"): 6,
 }
 
 
@@ -107,7 +108,7 @@ def test_each_category_shows_its_pictures_and_nothing_is_broken(report, browser)
         labels = entry["labels"]
         own = {labels.get(name) for name in ("checkpoint", "translator", "ablation")}
         assert own & {"tiny", "phrases", "branch", "heads"}
-    assert sum(path.endswith("table.html") for path in results) == 2
+    assert sum(path.endswith("table.html") for path in results) == 3
     severe = [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
     assert severe == []
 

@@ -46,6 +46,26 @@ BEFORE = {
         changed("branches.ablations.branch.evaluation_branches", [1, 96]),
         "96 branches, but there are 48 texts",
     ),
+    "gradient_backend": (
+        changed("gradients.backends", ["vmap"]),
+        "gradients.backends: vmap is unknown (allowed: auto, exact, ghost",
+    ),
+    "gradient_block": (changed("gradients.block", 5), "not a multiple of gradients.batch 2"),
+    "gradient_length": (changed("gradients.length", 4096), "checkpoint tiny takes 512 tokens"),
+    "template": (
+        changed("gradients.template", {"prompt": "Say:"}),
+        "template.prompt lacks {prompt}",
+    ),
+    "instructions": (
+        changed("gradients.instructions", ["lima"]),
+        "gradients.instructions: lima is not among instructions (objects)",
+    ),
+    "a_key_in_the_configuration": (
+        changed(
+            "instructions.objects.paraphraser", {"endpoint": {"model": "m", "key": "sk-1-secret"}}
+        ),
+        "endpoint.key is no name of an environment variable",
+    ),
     "typo": (changed("evaluation.recipes", ["tiny+merge-relu-averge-t0.99"]), "method 'averge'"),
 }
 
@@ -58,6 +78,7 @@ def test_before_any_job(empty, case):
     lines = [line for line in result.stderr.splitlines() if not line.startswith("Using workflow")]
     assert result.returncode != 0
     assert len(lines) == 1 and lines[0].startswith("headroom: ") and said in lines[0]
+    assert "secret" not in lines[0]
     assert not (empty.folder / "results").exists()
 
 

@@ -195,8 +195,8 @@ EDITS = {
     ),
     "paraphrase_rules": (
         "src/headroom/corpora/paraphrase_words.py",
-        "{",
-        "{'zzz': 'zz'} and {",
+        "accelerate: speed up",
+        "accelerate: hasten",
         {"paraphrase_pairs", "answer_prompts", "gradient_dots"},
         {"instruction_pairs", "train_checkpoint", "text_documents"},
     ),

@@ -31,6 +31,10 @@ def test_examples_plan(empty, example):
         assert (planned["train_stack"], planned["evaluate_stack"]) == stacks
         return
     assert planned["import_checkpoint"] == 1
+    if "lima" in example.name:
+        assert (planned["gradient_dots"], planned["paraphrase_pairs"]) == (16, 1)
+        assert not {"reduce_heads", "ffn_sweep", "evaluate"} & set(planned)
+        return
     assert planned["reduce_heads"] > 5
     assert "train_checkpoint" not in planned, "an example replaces the default"
 

@@ -45,7 +45,8 @@ def write_instructions(settings: Mapping[str, Any], output: Path, name: str) -> 
     Args:
         settings: exactly one of packages, path, hub; ``samples`` at most; of packages ``versions``
             and ``characters`` an answer has at most; of the others ``fields``, {id, prompt, answer}
-            or {id, messages}; of hub name, revision and hub_split.
+            or {id, messages}, and ``where``, what other fields must be; of hub name, revision and
+            hub_split.
         output: the file.
         name: of the set, for messages and for the ids of rows without one.
 
@@ -175,7 +176,10 @@ def _field_rows(settings: Mapping, key: str, name: str) -> Iterator[Row]:
             f"answer, or id and messages)"
         )
     rows = _file_rows(settings["path"], key) if "path" in settings else _hub_rows(settings, key)
+    wanted = settings.get("where") or {}
     for number, (place, row) in enumerate(rows):
+        if any(str(_value(row, field, place, key)) != value for field, value in wanted.items()):
+            continue
         identity = _identity(row, fields.get("id"), f"{name}_{number}", place, key)
         if chat:
             messages = _value(row, fields["messages"], place, key)

@@ -59,6 +59,13 @@ def _check_endpoint(settings: Mapping, key: str) -> None:
             f"config key {key}.url is {settings['url']!r} (allowed: an address that begins with "
             f"http:// or https://)"
         )
+    variable = settings.get("key")
+    if variable is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
+        # Not shown: it may be the key itself.
+        raise InputError(
+            f"config key {key}.key is no name of an environment variable (allowed: the name of the "
+            f"variable that holds the key, such as OPENAI_API_KEY; never the key itself)"
+        )
 
 
 def _endpoint_identity(settings: Mapping) -> dict:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 SCRATCH = 1 << 20  # elements of a block of token pairs; about what a core's cache holds
-COLUMNS = 1 << 16  # of a product in the features' own precision before it is added in float64
+SHORT = 1 << 11  # elements whose squares are summed in their own precision
+COLUMNS = 1 << 11  # of a product in the features' own precision before it is added in float64
 
 
 class Outer(NamedTuple):
@@ -107,23 +108,40 @@ def ghost_dots(first: Uses, second: Uses) -> Tensor:
 
 def ghost_squares(uses: Uses) -> Tensor:
     """Return ‖G_i‖² of each sample by the same sums: (n,) in float64."""
-    n = len(uses[0][0])
-    alone = [_sample(uses, i) for i in range(n)]
-    return torch.stack([ghost_dots(one, one)[0, 0] for one in alone])
+    T = max(use[1].shape[1] for use in uses)
+    found = []
+    for rows in _chunks(len(uses[0][0]), max(1, SCRATCH // T**2)):
+        some = [type(use)(*(part[rows] for part in use)) for use in uses]
+        found.append(sum(_own_dots(first, second) for first, second in product(some, some)))
+    return torch.cat(found)
+
+
+def _own_dots(first: Outer | Lookup, second: Outer | Lookup) -> Tensor:
+    """Dots of each sample's use with its own other use: (n,) in float64."""
+    pairs_nTS = torch.bmm(_wide(first[1]), _wide(second[1]).mT)
+    pairs_nTS *= _own_lefts(first, second)
+    return pairs_nTS.sum(2).sum(1, dtype=torch.float64)
+
+
+def _own_lefts(first: Outer | Lookup, second: Outer | Lookup) -> Tensor:
+    """As :func:`_lefts`, of tokens of the same sample: (n, T, S)."""
+    own, other = first[0], second[0]
+    if isinstance(first, Outer) and isinstance(second, Outer):
+        return torch.bmm(_wide(own), _wide(other).mT)
+    if isinstance(first, Outer):
+        return _wide(own).gather(2, other[:, None].expand(-1, own.shape[1], -1))
+    if isinstance(second, Outer):
+        return _own_lefts(second, first).mT
+    return own[:, :, None] == other[:, None]
 
 
 def dense_squares(gradient_np: Tensor) -> Tensor:
     """Return ‖g_i‖² of written-out gradients: (n,) in float64."""
-    total_n = torch.zeros(len(gradient_np), dtype=torch.float64, device=gradient_np.device)
-    for start in range(0, gradient_np.shape[1], COLUMNS):
-        # No wider copy of the gradient: a block's own norm is exact to its last digits.
-        norm_n = torch.linalg.vector_norm(gradient_np[:, start : start + COLUMNS], dim=1)
-        total_n += norm_n.double().square()
-    return total_n
-
-
-def _sample(uses: Uses, place: int) -> Uses:
-    return tuple(type(use)(*(part[place : place + 1] for part in use)) for use in uses)
+    whole = gradient_np.shape[1] // SHORT * SHORT
+    # No wider copy of the gradient: sums of short pieces lose next to nothing.
+    pieces = gradient_np[:, :whole].unflatten(1, (-1, SHORT)), gradient_np[:, whole:]
+    norms = (torch.linalg.vector_norm(piece, dim=-1).double().square() for piece in pieces)
+    return next(norms).sum(1) + next(norms)
 
 
 def _ghost(first: Outer | Lookup, second: Outer | Lookup) -> Tensor:

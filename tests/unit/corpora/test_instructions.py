@@ -226,3 +226,18 @@ def test_lima_and_its_paraphrases(write, tmp_path):
     }
     counts = write_brought(brought, tmp_path / "out.jsonl", tmp_path / "paraphrased.jsonl", "x")
     assert counts["samples"] == 4 and counts["unknown"] == 0
+
+
+def test_rows_of_a_mixture_are_chosen_by_their_fields(tmp_path):
+    rows = [
+        {"id": f"{part}_{n}", "part": part, "prompt": f"Say {part} {n}.", "answer": f"{part} {n}"}
+        for part in ("lima", "flan")
+        for n in range(3)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    settings = {"path": [str(tmp_path / "rows.jsonl")], "where": {"part": "lima"}}
+    counts = write_instructions(settings, tmp_path / "out.jsonl", "mine")
+    assert counts["samples"] == 3
+    assert [s.id for s in read_samples(tmp_path / "out.jsonl")] == ["lima_0", "lima_1", "lima_2"]
+    with pytest.raises(InputError, match=r"mine.*'dataset'"):
+        write_instructions(settings | {"where": {"dataset": "lima"}}, tmp_path / "out", "mine")
