@@ -219,7 +219,7 @@ def kronfluence(settings: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         theirs = _Kronfluence(llama(size, tied=False, device=settings.device), linear, folder)
         ways: dict[str, Callable] = {"headroom": lambda: measure.measure(setup)}
-        for queries, train in ((8, 8), (16, 16), (32, 8), (32, 16), (32, 32)):
+        for queries, train in ((16, 16), (32, 8), (32, 16), (32, 32)):
             ways[f"{queries} queries, {train} others"] = lambda q=queries, t=train: theirs.scores(
                 sides, q, t
             )
@@ -469,7 +469,7 @@ def main() -> None:
     parser.add_argument("--model", help="checkpoint for the part cost")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--batch", type=int, default=16, help="samples that pass at once")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     settings = parser.parse_args()
     if settings.child:

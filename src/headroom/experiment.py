@@ -126,7 +126,11 @@ def _complete_instructions(config: dict) -> None:
                 package: installed_version(package, f"{key}.packages")
                 for package in source["packages"]
             }
-    known = {name: _positions(name, config) for name in config["checkpoints"]}
+        if "path" in source["paraphraser"].get("model", {}):
+            own_model = source["paraphraser"]["model"]
+            own_model["path"] = str(Path(own_model["path"]).expanduser())
+    bases = {recipe.split("+")[0] for recipe in own["checkpoints"]} & set(config["checkpoints"])
+    known = {name: _positions(name, config) for name in sorted(bases)}
     limits = {name: limit for name, limit in known.items() if limit is not None}
     _complete_length("gradients.length", own, "length", limits)
     gradient_families.check(config)

@@ -30,7 +30,7 @@ rule instruction_pairs:
 
 rule paraphrase_pairs:
     input:
-        brought_files,
+        paraphraser_files,
         originals="results/instructions/{instructions}/original.jsonl",
     output:
         samples=ensure(
@@ -53,6 +53,7 @@ rule paraphrase_pairs:
         concurrency=paraphraser_resource("concurrency"),
         timeout=paraphraser_resource("timeout"),
         max_retries=paraphraser_resource("max_retries"),
+        gpu=paraphraser_gpus,
         halvings=halvings,
     params:
         code=code_digest("paraphrase_pairs"),
@@ -288,6 +289,6 @@ rule projection_errors:
         halvings=halvings,
     params:
         code=code_digest("projection_errors"),
-        settings=gradient_settings(),
+        settings=gradient_settings("gradients.compared"),
     script:
         "../scripts/projection_errors.py"

@@ -6,11 +6,16 @@ ERRORS = "results/gradients/{recipe}/{instructions}/errors"
 # What decides a sample's gradient; the rest of the section is about how the work is cut.
 MEASURED = [
     f"gradients.{name}"
-    for name in (
-        *("template", "length", "too_long", "batch", "block"),
-        *("ghost_speed", "projection", "two_sided"),
-    )
+    for name in (*("template", "length", "too_long", "batch", "block"),)
 ]
+# What else decides it, by backend; one added by hand may read them all.
+OWN = {
+    "auto": ["gradients.ghost_speed"],
+    "exact": [],
+    "ghost": [],
+    "projection": ["gradients.projection"],
+    "two_sided": ["gradients.two_sided"],
+}
 
 
 def gradients_shown(name, caption, figure):
@@ -46,6 +51,9 @@ def gradients_targets():
             f"{ROOT.format(setting=setting, **names)}/figures/accuracy.png"
             for setting in GRADIENTS["settings"]
         ]
+        # Of one setting: the other's samples are about as many and as long.
+        setting = GRADIENTS["settings"][0]
+        targets.append(f"{ROOT.format(setting=setting, **names)}/plan.json")
         if backend not in gradient_families.EXACT:
             targets.append(f"{ERRORS.format(**names)}/{backend}.csv")
     return targets
@@ -63,11 +71,20 @@ def instruction_settings(wildcards):
     return found
 
 
-def brought_files(wildcards):
-    """The local files that paraphrases are brought in."""
+def paraphraser_files(wildcards):
+    """The local files that paraphrases, or the model that makes them, are brought in."""
     source = config["instructions"][wildcards.instructions]
     kind, own = gradient_families.paraphraser_of(source)
+    if kind == "model" and "path" in own:
+        return source_files(own["path"])
     return own["path"] if kind == "path" else []
+
+
+def paraphraser_gpus(wildcards):
+    """GPUs of a job in which a model rewrites."""
+    source = config["instructions"][wildcards.instructions]
+    kind, _ = gradient_families.paraphraser_of(source)
+    return config["compute"]["gpus"] if kind == "model" else 0
 
 
 PASSING = (
@@ -86,12 +103,12 @@ def paraphraser_settings(wildcards):
 
 
 def paraphraser_resource(name):
-    """A setting of an endpoint that decides no text; 0 for what has none."""
+    """A setting of an endpoint that decides no text, in thousandths; -1 for what has none."""
 
     def found(wildcards):
         source = config["instructions"][wildcards.instructions]
         _, own = gradient_families.paraphraser_of(source)
-        return int(own.get(name, 0))
+        return int(1000 * own[name]) if name in own else -1
 
     return found
 
@@ -102,9 +119,10 @@ def paraphraser_memory(wildcards, attempt):
         config["instructions"][wildcards.instructions]
     )
     size = config["compute"]["mem_mb"] if kind == "model" else 700
-    folder = own.get("path") if kind == "model" else None
-    if folder:
-        size += 3 * sum(file.stat().st_size for file in Path(folder).iterdir()) / 1e6
+    if kind == "model" and "path" in own:
+        size += (
+            3 * sum(os.path.getsize(file) for file in source_files(own["path"])) / 1e6
+        )
     return int(size) * 2 ** (attempt - 1)
 
 
@@ -119,7 +137,9 @@ def gradient_settings(*keys):
     """What decides the dot products of a backend's features."""
 
     def found(wildcards):
-        return model_settings(*MEASURED, *keys) | {"backend": wildcards.backend}
+        every = list(dict.fromkeys(itertools.chain(*OWN.values())))
+        own = OWN.get(wildcards.backend, every)
+        return model_settings(*MEASURED, *own, *keys) | {"backend": wildcards.backend}
 
     return found
 
@@ -137,7 +157,7 @@ def gradient_parts(kind):
 def gradient_memory(wildcards, input, attempt):
     """Megabytes: the model, a batch, and what may be held beside them."""
     held = int(1000 * GRADIENTS["memory_gb"])
-    return memory(3)(wildcards, input, attempt) + held * 2 ** (attempt - 1)
+    return memory(5)(wildcards, input, attempt) + held * 2 ** (attempt - 1)
 
 
 def merged_memory(wildcards, input, attempt):

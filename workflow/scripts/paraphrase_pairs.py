@@ -16,7 +16,11 @@ from headroom.corpora.paraphrase import write_paraphrases
 output, resources = snakemake.output, snakemake.resources
 counts, notes = write_paraphrases(
     settings=params.settings,
-    options={name: resources[name] for name in ("concurrency", "timeout", "max_retries")},
+    options={
+        name: resources[name] / 1000
+        for name in ("concurrency", "timeout", "max_retries")
+        if resources[name] >= 0
+    },
     originals=Path(snakemake.input.originals),
     output=Path(output.samples),
     cache=Path("results/.paraphrases"),

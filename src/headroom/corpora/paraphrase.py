@@ -59,6 +59,12 @@ def _check_endpoint(settings: Mapping, key: str) -> None:
             f"config key {key}.url is {settings['url']!r} (allowed: an address that begins with "
             f"http:// or https://)"
         )
+    if "?" in settings["url"] or "@" in settings["url"].partition("://")[2].partition("/")[0]:
+        # Not shown: settings are written into results, so nothing secret may stand there.
+        raise InputError(
+            f"config key {key}.url holds a password or a query (allowed: an address without; the "
+            f"key comes from the environment variable that {key}.key names)"
+        )
     variable = settings.get("key")
     if variable is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
         # Not shown: it may be the key itself.
@@ -142,7 +148,7 @@ def write_paraphrases(
 
     Args:
         settings: ``kind`` and, under its name, what decides the text.
-        options: of an endpoint, what doesn't (concurrency, timeout, max_retries); 0: its own.
+        options: of an endpoint, what doesn't (concurrency, timeout in seconds, max_retries).
         originals, output, cache, name: as in :func:`paraphrase_samples`.
     """
     kind = settings["kind"]
@@ -150,7 +156,8 @@ def write_paraphrases(
     if kind == "path":
         return write_brought(own, originals, output, name), {}
     if kind == "endpoint":
-        own = {**own, **{key: value for key, value in options.items() if value}}
+        counts = {key: int(options[key]) for key in options if key != "timeout"}
+        own = {**own, **options, **counts}
     return paraphrase_samples(kind, own, originals, output, cache, name)
 
 

@@ -37,29 +37,40 @@ def write_answers(
     for sample in read_samples(prompts):
         text, complete = prompt_text(sample.prompt, tokenizer, own["template"])
         texts.append((sample, begin(tokenizer, text, complete)))
-    room = own["length"] - 1
-    kept = [(sample, tokens) for sample, tokens in texts if len(tokens) < room]
-    if not kept:
+    ends = _ends(model, tokenizer)
+    size, found = max(1, own["batch"] >> halvings), {}
+    for longest, part in tqdm(_batches(texts, own, size), desc="answers", mininterval=5):
+        made = _generate(model, part, longest, ends) if longest > 0 else [None] * len(part)
+        for (sample, _), answer in zip(part, made, strict=True):
+            found[sample.id] = _row(sample, answer, tokenizer, ends)
+    if all("skipped" in row for row in found.values()):
         raise InputError(
             f"config key gradients.length is {own['length']}: no prompt of {prompts} leaves room "
             f"for an answer"
         )
-    kept.sort(key=lambda pair: len(pair[1]))
-    size, found = max(1, own["batch"] >> halvings), {}
-    for start in tqdm(range(0, len(kept), size), desc="answers", mininterval=5):
-        part = kept[start : start + size]
-        longest = min(own["answers"]["new_tokens"], room - max(len(tokens) for _, tokens in part))
-        for (sample, _), answer in zip(part, _generate(model, part, max(1, longest)), strict=True):
-            found[sample.id] = _row(sample, answer, tokenizer)
-    lines = [
-        json.dumps(found[s.id], ensure_ascii=False, sort_keys=True)
-        for s, _ in texts
-        if s.id in found
-    ]
+    lines = [json.dumps(found[s.id], ensure_ascii=False, sort_keys=True) for s, _ in texts]
     Path(output).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _generate(model, part: list, longest: int) -> list[list[int]]:
+def _batches(texts: list, own: Mapping, size: int) -> list[tuple[int, list]]:
+    """Return batches of prompts whose answers may be equally long, with that length.
+
+    So an answer's end hangs on its own prompt alone, not on the batch's longest. A length of 0 or
+    less is a prompt that leaves no room.
+    """
+    by_length: dict[int, list] = {}
+    for sample, tokens in sorted(texts, key=lambda pair: len(pair[1])):
+        room = own["length"] - 1 - len(tokens)
+        longest = max(0, min(own["answers"]["new_tokens"], room))
+        by_length.setdefault(longest, []).append((sample, tokens))
+    return [
+        (longest, part[start : start + size])
+        for longest, part in by_length.items()
+        for start in range(0, len(part), size)
+    ]
+
+
+def _generate(model, part: list, longest: int, ends: list[int]) -> list[list[int]]:
     """Greedy continuations of prompts, padded on the left."""
     width = max(len(tokens) for _, tokens in part)
     tokens_nT = torch.zeros(len(part), width, dtype=torch.long)
@@ -71,29 +82,36 @@ def _generate(model, part: list, longest: int) -> list[list[int]]:
         made = model.generate(
             tokens_nT.to(model.device),
             attention_mask=mask_nT.to(model.device),
-            generation_config=_greedy(model, longest),
+            generation_config=_greedy(longest, ends),
         )
     return made[:, width:].tolist()
 
 
-def _greedy(model, longest: int):
+def _ends(model, tokenizer) -> list[int]:
+    """Tokens that end an answer: the tokenizer's and those that the model itself stops at."""
+    own = model.generation_config.eos_token_id
+    own = model.config.eos_token_id if own is None else own
+    found = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    return sorted(found - {None})
+
+
+def _greedy(longest: int, ends: list[int]):
     """Greedy decoding whatever a checkpoint's own generation_config.json asks for."""
     from transformers import GenerationConfig
 
-    config = model.generation_config
-    end = config.eos_token_id if config.eos_token_id is not None else model.config.eos_token_id
-    pad = end[0] if isinstance(end, list) else end
     return GenerationConfig(
         do_sample=False,
         num_beams=1,
         max_new_tokens=longest,
-        eos_token_id=end,
-        pad_token_id=pad or 0,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if ends else 0,
     )
 
 
-def _row(sample, answer: list[int], tokenizer) -> dict:
-    ends = {tokenizer.eos_token_id}
+def _row(sample, answer: list[int] | None, tokenizer, ends: list[int]) -> dict:
+    if answer is None:
+        reason = "prompt without room for an answer"
+        return {"id": sample.id, "prompt": sample.prompt, "answer": "", "skipped": reason}
     place = next((i for i, token in enumerate(answer) if token in ends), None)
     text = tokenizer.decode(answer[:place], skip_special_tokens=True)
     row = {"id": sample.id, "prompt": sample.prompt, "answer": text}

@@ -88,8 +88,8 @@ class Capture:
         self.owners = {id(m.weight): m for m in modules if isinstance(m, nn.Embedding)}
         others = [m for m in modules if not isinstance(m, nn.Embedding)]
         multiplied = {id(p) for m in others for p in m.parameters(recurse=False)}
-        # Parameters that are looked up and never multiplied: embeddings that are not tied.
-        self.lookups = [self.names[key] for key in self.owners if key not in multiplied]
+        # Embeddings, and whether they are multiplied too (tied to the head).
+        self.embeddings = {self.names[key]: key in multiplied for key in self.owners}
         self.readers = {m: reader for m in modules if (reader := _reader(m)) is not None}
 
     def __call__(self, batch: Batch, take: Take) -> Backward:
@@ -164,25 +164,27 @@ class Capture:
         Raises:
             InputError: naming the first parameter that differs.
         """
-        uses = self.uses(batch)
+        weights_n = torch.linspace(1, 2, len(batch.tokens_nT), device=batch.tokens_nT.device)
+        found: dict[str, Tensor] = {}
+
+        def take(name: str, uses: Uses) -> None:
+            each = materialise(uses, self.shapes[name])
+            found[name] = (weights_n.to(each) @ each).view(self.shapes[name])
+
+        self(batch, take)
         self.model.requires_grad_(True)
         try:
             parameters = dict(self.model.named_parameters())
             with torch.enable_grad():
                 losses_n = self._losses(batch)[0]
-                weights_n = torch.linspace(1, 2, len(losses_n)).to(losses_n)
-                wanted = torch.autograd.grad(
-                    losses_n @ weights_n, list(parameters.values()), allow_unused=True
-                )
+                total = losses_n @ weights_n.to(losses_n)
+                wanted = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
         finally:
             self.model.requires_grad_(False)
         total = sum(g.double().square().sum() for g in wanted if g is not None).sqrt()
         for (name, parameter), gradient in zip(parameters.items(), wanted, strict=True):
             exact = torch.zeros_like(parameter) if gradient is None else gradient
-            own = torch.zeros_like(exact)
-            if name in uses:
-                each = materialise(uses[name], parameter.shape)
-                own = (weights_n.to(each) @ each).view_as(exact)
+            own = found.get(name, torch.zeros_like(exact))
             error, size = (own - exact).double().norm(), exact.double().norm()
             if not error <= TOLERANCE.get(parameter.dtype, ROUGH) * (size + NOISE * total):
                 raise InputError(
@@ -203,6 +205,8 @@ class _Flow:
 
     def called(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
         """Keep what a module read and wait for the gradient of what it gave."""
+        if not inputs or not isinstance(output, Tensor):
+            return  # its parameters stay without a gradient, and the check names them
         own = [self._name(module, name) for name, _ in module.named_parameters(recurse=False)]
         self.pending.update(own)
         read = inputs[0].detach()

@@ -1,12 +1,15 @@
 """Exact or ghost dot products: the cheaper one for each layer, the same in every job.
 
-Written-out gradients cost 2p[(N + Q)T + NQ] operations (p = o·i elements), ghost products
-2NQT²(o + i), of which a machine does fewer a second: they are short products between tokens that
-are over when they have been read. Ghost wins where T²(o + i) < c·o·i·[1 + T(1/N + 1/Q)].
+Written-out gradients cost 2p[(N + Q)(T + W) + NQ] operations (p = o·i elements; W is what it costs
+to write one and read it again, in products of tokens), ghost products 2NQT²(o + i), of which a
+machine does fewer a second: they are short products that are over when their tokens have been read.
+Ghost wins where T²(o + i) < c·o·i·[1 + (T + W)(1/N + 1/Q)].
 """
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+WRITTEN = 64  # W: measured (benchmarks/gradients.py); a gradient is p numbers that come and go
 
 
 class Work(NamedTuple):
@@ -23,7 +26,7 @@ def exact_cost(shape: Sequence[int], work: Work) -> float:
     for side in shape:
         size *= side
     N, Q, T = work
-    return 2 * size * ((N + Q) * T + N * Q)
+    return 2 * size * ((N + Q) * (T + WRITTEN) + N * Q)
 
 
 def ghost_cost(shape: Sequence[int], work: Work, speed: float, lookup: bool = False) -> float:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 TEMPLATE = "<|user|>\n{prompt}\n<|assistant|>\n"
 TODAY = "26 Jul 2024"  # for chat templates that print the date: the same tokens every day
+DATED = "{%- macro strftime_now(form) -%}" + TODAY + "{%- endmacro -%}"
 
 
 class Encoded(NamedTuple):
@@ -77,7 +78,7 @@ def encode(path: str | Path, tokenizer: "PreTrainedTokenizerBase", settings: Map
 def _reason(row: Mapping, tokens: list[int], answer: int, settings: Mapping) -> str | None:
     """Why a sample is left out or cut; None: it is taken as it is."""
     if not row["answer"]:
-        return "empty answer"
+        return row.get("skipped", "empty answer")
     if len(tokens) <= settings["length"]:
         return None
     if settings["too_long"] == "refuse":
@@ -96,8 +97,13 @@ def prompt_text(
     """Return the text before an answer, and whether it brings its own special tokens."""
     if template == "auto" and tokenizer.chat_template:
         turn = [{"role": "user", "content": prompt}]
+        form = tokenizer.chat_template
         text = tokenizer.apply_chat_template(
-            turn, tokenize=False, add_generation_prompt=True, date_string=TODAY
+            turn,
+            chat_template=DATED + form if "strftime_now" in form else form,
+            tokenize=False,
+            add_generation_prompt=True,
+            date_string=TODAY,
         )
         return text, True
     form = TEMPLATE if template == "auto" else template["prompt"]

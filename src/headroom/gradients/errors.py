@@ -11,19 +11,19 @@ import numpy as np
 import pandas as pd
 import torch
 
+from headroom.errors import InputError
 from headroom.gradients.capture import pad
 from headroom.gradients.encoding import Encoded
 from headroom.gradients.grid import make_grid
 from headroom.gradients.measure import measure
 from headroom.gradients.pairs import cosine
-from headroom.gradients.planner import GB
 from headroom.gradients.projection import concentration, projected_error, two_sided_variance
 from headroom.gradients.result import Result
 from headroom.gradients.setup import Setup, Side, plan_part, prepare
 from headroom.gradients.similarity import Measurer
 from headroom.gradients.uses import materialise
 
-MOST = 32  # samples of each side that are compared, where memory allows
+SOME = 4  # samples whose gradients' concentration is looked at
 
 
 def write_errors(
@@ -32,12 +32,16 @@ def write_errors(
     """Write a row a layer, and one of the full gradient: measured and predicted errors.
 
     layer, parameters, dimension (of what is kept of a sample), rms (of cosine minus exact cosine,
-    over all pairs), predicted (of two orthogonal gradients, random signs alone), norm_rms (of
-    ‖·‖²/‖g‖² − 1), norm_predicted (two-sided alone) and concentration τ.
+    over all pairs), predicted (were the pairs orthogonal; random signs alone), norm_rms (of
+    ‖·‖²/‖g‖² − 1), norm_predicted (two-sided alone), concentration τ, and how many queries and
+    originals were compared. A backend that no formula is known for has no prediction.
 
     Args:
         checkpoint, sets, settings, halvings: as in :func:`measure.measure_part`.
         output: the CSV file.
+
+    Raises:
+        InputError: where exact gradients of so many samples don't fit into memory.
     """
     setup = _few(prepare(checkpoint, sets, settings, (0, 1), halvings, Path("unused")), settings)
     capture, own = setup.measurer.capture, settings["gradients"]
@@ -51,18 +55,19 @@ def write_errors(
 
 
 def _few(setup: Setup, settings: Mapping) -> Setup:
-    """Return the setup of samples of all lengths, as many as exact gradients leave room for."""
-    own, shapes = settings["gradients"], setup.measurer.capture.shapes
-    largest = 4 * max(int(np.prod(shape)) for shape in shapes.values())
-    count = int(min(MOST, max(2, own["memory_gb"] * GB // largest)))
-    sides = [_some(side, count) for side in (setup.originals, setup.queries)]
+    """Return the setup of some samples of all lengths."""
+    own = settings["gradients"]
+    sides = [_some(side, own["compared"]) for side in (setup.originals, setup.queries)]
     few = replace(setup, originals=sides[0], queries=sides[1], blocks=range(1))
     return replace(few, plan=_tiled(few, setup.measurer, own))
 
 
 def _tiled(setup: Setup, measurer: Measurer, own: Mapping):
     own = {**own, "disk_gb": 0.0, "block": setup.originals.grid.block}
-    return plan_part(setup.originals, setup.queries, measurer, range(1), own)
+    try:
+        return plan_part(setup.originals, setup.queries, measurer, range(1), own)
+    except InputError as error:
+        raise InputError(f"config key gradients.compared is {own['compared']}: {error}") from None
 
 
 def _some(side: Side, count: int) -> Side:
@@ -89,10 +94,12 @@ def _compared(setup: Setup, found: Result, wanted: Result, own: Mapping) -> pd.D
     whole = {"layer": "full", "parameters": int(frame.parameters.sum())}
     whole |= {"dimension": int(frame.dimension.sum())} | _errors(found, wanted, None)
     if backend == "projection":
-        norms = wanted.query_QL[0], wanted.original_NL[-1]
         kept = frame.dimension.to_numpy()
-        whole["predicted"] = projected_error(*norms, kept, kept == frame.parameters.to_numpy())
-    return pd.concat([frame, pd.DataFrame([whole])], ignore_index=True)
+        whole["predicted"] = projected_error(
+            wanted.query_QL, wanted.original_NL, kept, kept == frame.parameters.to_numpy()
+        )
+    frame = pd.concat([frame, pd.DataFrame([whole])], ignore_index=True)
+    return frame.assign(queries=len(wanted.query_QL), originals=len(wanted.original_NL))
 
 
 def _sizes(backend: str, shape: tuple, tau: float | None, own: Mapping) -> dict:
@@ -110,23 +117,24 @@ def _sizes(backend: str, shape: tuple, tau: float | None, own: Mapping) -> dict:
         variance = two_sided_variance(tau or 0.0, inner, outer)
         found = {"concentration": tau, "norm_predicted": variance**0.5}
         return {"dimension": kept[0] * kept[1], **found}
-    return {"dimension": size, "predicted": 0.0, "norm_predicted": 0.0}
+    if backend == "two_sided":
+        return {"dimension": size, "norm_predicted": 0.0}
+    return {"dimension": size}
 
 
 def _concentrations(setup: Setup) -> dict[str, float]:
-    """Mean τ of the first batch's gradients, by layer."""
-    grid = setup.originals.grid
-    batch = setup.originals.batch(grid.batches(grid.block_rows(0))[0])
+    """Mean τ of some originals' gradients, by layer; one sample at a time."""
     capture, found = setup.measurer.capture, {}
 
     def take(layer: str, uses) -> None:
         shape = capture.shapes[layer]
         if len(shape) == 2:
             gradient = materialise(uses, shape).view(-1, *shape)
-            found[layer] = float(concentration(gradient).nanmean())
+            found.setdefault(layer, []).append(float(concentration(gradient)))
 
-    capture(pad(batch, str(setup.measurer.device)), take)
-    return found
+    for sample in setup.originals.encoded.samples[:: max(1, len(setup.rows) // SOME)][:SOME]:
+        capture(pad([sample], str(setup.measurer.device)), take)
+    return {layer: float(np.nanmean(taus)) for layer, taus in found.items()}
 
 
 def _errors(found: Result, wanted: Result, places: list[int] | None) -> dict[str, float]:

@@ -40,6 +40,7 @@ def write_plan(checkpoint: str, sets: Mapping[str, str], settings: Mapping, outp
     for line in (f"{len(plans)} partitions with originals of {count}", first.said()):
         print(line, flush=True)
     extra = (len(plans) - 1) * len(queries.encoded.ids) if first.stored else 0
+    one_pass = first.pass_flops
     found = {
         "stored": first.stored,
         "originals": len(originals.encoded.ids),
@@ -49,7 +50,7 @@ def write_plan(checkpoint: str, sets: Mapping[str, str], settings: Mapping, outp
         "partitions": len(plans),
         # Stored features of the queries are made once for all partitions.
         "passes": sum(plan.passes for plan in plans) - extra,
-        "teraflop": round(sum(plan.flops for plan in plans) / 1e12, 6),
+        "teraflop": round((sum(plan.flops for plan in plans) - extra * one_pass) / 1e12, 6),
         "memory_gb": round(max(plan.memory for plan in plans) / 1e9, 6),
         "disk_gb": round(first.disk / 1e9, 6),
         "groups_of_layers": 1 if first.stored else len(first.groups),

@@ -12,6 +12,7 @@ from headroom.gradients.features import Features, concatenated
 from headroom.gradients.grid import Grid
 from headroom.gradients.result import Result
 from headroom.gradients.setup import Setup, prepare
+from headroom.gradients.similarity import Block
 from headroom.gradients.store import Store
 
 
@@ -61,19 +62,16 @@ def _in_tiles(setup: Setup, result: Result) -> None:
     plan, own = setup.plan, setup.originals.grid
     for group in plan.groups:
         for tile in _tiles(setup.blocks, plan.tile):
-            held: dict[tuple[int, str], list[Features]] = {}
+            held: dict[tuple[int, str], Features] = {}
             for number in tile:
+                block = Block(len(own.block_rows(number)))
                 for rows in own.batches(own.block_rows(number)):
-                    batch: dict[str, Features] = {}
                     head = setup.measurer.measure(
-                        setup.originals.batch(rows), batch.__setitem__, set(group)
+                        setup.originals.batch(rows), block.add, set(group)
                     )
+                    block.next(len(rows))
                     result.take_originals(rows, head)
-                    for layer, features in batch.items():
-                        held.setdefault((number, layer), []).append(features)
-                for layer in group:
-                    if (number, layer) in held:
-                        held[number, layer] = concatenated(held[number, layer])
+                held |= {(number, layer): whole for layer, whole in block.features().items()}
             _pass_by(setup, result, held, group)
 
 

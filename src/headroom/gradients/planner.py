@@ -17,6 +17,8 @@ class Sizes(NamedTuple):
     """What a plan is made of."""
 
     feature_bytes: Mapping[str, int]  # of one sample, by layer in the model's order
+    group_bytes: int  # of one sample, the largest group of layers that shares a file
+    pair_flops: float  # of one pair of samples, all layers
     parameters: Mapping[str, int]
     originals: int  # N, of all partitions
     queries: int  # Q
@@ -37,6 +39,7 @@ class Plan(NamedTuple):
     tile: int  # blocks of originals that are held at once
     passes: int  # backward passes of this partition, those of stored queries in full
     flops: float
+    pass_flops: float  # of one backward pass
     memory: int  # bytes
     disk: int
 
@@ -86,8 +89,9 @@ def make_plan(sizes: Sizes, memory_gb: float, disk_gb: float) -> Plan:
         groups=groups,
         tile=tile,
         passes=passes,
-        flops=_flops(sizes, passes),
-        memory=_memory(sizes, held),
+        flops=pass_flops(sizes) * passes + sizes.part * sizes.queries * sizes.pair_flops,
+        pass_flops=pass_flops(sizes),
+        memory=_memory(sizes, held, stored),
         disk=disk,
     )
 
@@ -126,29 +130,36 @@ def _grouped(feature_bytes: Mapping[str, int], limit: float) -> list[list[str]] 
     return groups
 
 
-def _flops(sizes: Sizes, passes: int) -> float:
-    """6PT a pass, gradients of weights by sample among them, and 2NQP of all pairs."""
-    parameters = sum(sizes.parameters.values())
+def pass_flops(sizes: Sizes) -> float:
+    """Return the operations of one backward pass: 6PT."""
     mean = sizes.tokens / (sizes.originals + sizes.queries)
-    return 6.0 * parameters * mean * passes + 2.0 * sizes.part * sizes.queries * parameters
+    return 6.0 * sum(sizes.parameters.values()) * mean
 
 
-def _memory(sizes: Sizes, held: int) -> int:
+def _memory(sizes: Sizes, held: int, stored: bool) -> int:
     """Bytes: weights, what is held, a batch's activations and largest layer, the result."""
+    if stored:  # a block is put together from its batches; a batch's group is written from a copy
+        held = 2 * held + 2 * sizes.batch * sizes.group_bytes
     largest = max(max(sizes.feature_bytes.values()), 4 * max(sizes.parameters.values()))
     batch = sizes.batch * (sizes.longest * sizes.activations + 2 * largest)
     result = 4 * len(sizes.feature_bytes) * sizes.part * sizes.queries
-    return sizes.element * sum(sizes.parameters.values()) + held + batch + result
+    # Four times the weights: themselves, and the check against autograd.
+    return 4 * sizes.element * sum(sizes.parameters.values()) + held + batch + result
 
 
-def feature_bytes(
-    choice: Mapping[str, str], shapes: Mapping[str, Sequence[int]], longest: int, settings: Mapping
+def feature_elements(
+    choice: Mapping[str, str],
+    shapes: Mapping[str, Sequence[int]],
+    embeddings: Mapping[str, bool],
+    longest: int,
+    settings: Mapping,
 ) -> dict[str, int]:
-    """Return the bytes that one sample's features take, by layer.
+    """Return how many numbers (of 4 bytes) one sample's features take, by layer.
 
     Args:
         choice: backend by layer.
         shapes: of each parameter.
+        embeddings: of each embedding, whether it is multiplied too (tied).
         longest: tokens of the longest sample, which a ghost's batch is padded to.
         settings: config section ``gradients``.
     """
@@ -158,11 +169,20 @@ def feature_bytes(
         for side in shape:
             elements *= side
         if choice[name] == "ghost" and len(shape) == 2:
-            elements = longest * sum(shape)
+            looked_up = longest * (2 + shape[1]) if name in embeddings else 0  # 8 bytes a token
+            multiplied = longest * sum(shape) if embeddings.get(name, True) else 0
+            elements = looked_up + multiplied
         elif choice[name] == "projection":
             elements = min(elements, settings["projection"]["dimension"])
         elif choice[name] == "two_sided" and len(shape) == 2:
             own = settings["two_sided"]
             elements = min(own["outer"], shape[0]) * min(own["inner"], shape[1])
-        found[name] = 4 * elements
+        found[name] = elements
     return found
+
+
+def pair_flops(choice: Mapping[str, str], elements: Mapping[str, int], length: float) -> float:
+    """Return the operations of one pair: two an element, for ghosts with each of T tokens."""
+    return sum(
+        2.0 * count * (length if choice[name] == "ghost" else 1) for name, count in elements.items()
+    )

@@ -82,14 +82,13 @@ class Result:
         if not len(second):
             empty = np.zeros((H, len(self.query_QL), 0))
             return names, [D] * H, empty, np.zeros(empty.shape[:2]), empty[:, 0]
-        dot_HQN = np.stack([first[:, h] @ second[:, h].T for h in range(H)])
-        return (
-            names,
-            [D] * H,
-            dot_HQN,
-            np.square(first).sum(2).T,
-            np.square(second).sum(2).T,
-        )
+        dot_HQN = np.empty((H, len(first), len(second)))
+        query_HQ, original_HN = np.empty((H, len(first))), np.empty((H, len(second)))
+        for h in range(H):  # one at a time in float64: all of them are large
+            query_QD, original_ND = first[:, h].double().numpy(), second[:, h].double().numpy()
+            dot_HQN[h] = query_QD @ original_ND.T
+            query_HQ[h], original_HN[h] = np.square(query_QD).sum(1), np.square(original_ND).sum(1)
+        return names, [D] * H, dot_HQN, query_HQ, original_HN
 
     def _write(self, path: str, layers, sizes, dot_LQN, query_LQ, original_LN) -> None:
         setup = self.setup
@@ -116,7 +115,5 @@ class Result:
         write_part(path, found, setup.rows.start, setup.rows.stop, len(ids), order)
 
 
-def _ordered(found: Mapping[int, Tensor], count: int) -> np.ndarray:
-    if not found:
-        return np.zeros((0, 0, 0))
-    return torch.stack([found[place] for place in range(count)]).double().numpy()
+def _ordered(found: Mapping[int, Tensor], count: int) -> Tensor:
+    return torch.stack([found[place] for place in range(count)]) if found else torch.zeros(0)

@@ -11,12 +11,14 @@ import numpy as np
 import torch
 
 from headroom.checkpoints import digest_folder, load_model, load_tokenizer
+from headroom.errors import InputError
 from headroom.gradients.capture import Capture
 from headroom.gradients.choose import Work, choose
 from headroom.gradients.encoding import Encoded, encode
 from headroom.gradients.grid import Grid, make_grid, partition
-from headroom.gradients.planner import Plan, Sizes, feature_bytes, make_plan
+from headroom.gradients.planner import Plan, Sizes, feature_elements, make_plan, pair_flops
 from headroom.gradients.similarity import Measurer
+from headroom.gradients.store import groups
 
 LOSS = "mean cross-entropy of answer tokens and end of sequence"
 
@@ -72,6 +74,7 @@ def prepare(
     model = load_model(checkpoint, compute["device"], compute["dtype"])
     capture = Capture(model)
     choice = choice_of(settings["backend"], capture, originals, own)
+    _check_positions(model.config, own["length"], originals, queries)
     measurer = Measurer(capture, choice, own, max(1, own["batch"] >> halvings))
     blocks = partition(originals.grid.blocks, *part)
     identity = {
@@ -92,11 +95,23 @@ def _text(value: object) -> str:
     return json.dumps(value, sort_keys=True)
 
 
+def _check_positions(config, limit: int, *sides: Side) -> None:
+    """Refuse samples longer than the model has positions: GPT-2 would read beyond its table."""
+    positions = getattr(config, "max_position_embeddings", None)
+    longest = max(max(side.encoded.lengths) for side in sides)
+    if positions is not None and longest > positions:
+        raise InputError(
+            f"config key gradients.length is {limit}: a sample has {longest} tokens, the model "
+            f"takes {positions} (allowed: at most {positions})"
+        )
+
+
 def choice_of(backend: str, capture: Capture, originals: Side, own: Mapping) -> dict[str, str]:
     """Return each layer's backend, by the originals alone: settings share their features."""
     lengths = originals.encoded.lengths
     work = Work(len(lengths), len(lengths), sum(lengths) / len(lengths))
-    return choose(backend, capture.shapes, capture.lookups, work, own["ghost_speed"])
+    looked_up = [name for name, tied in capture.embeddings.items() if not tied]
+    return choose(backend, capture.shapes, looked_up, work, own.get("ghost_speed", 1.0))
 
 
 def side_of(encoded: Encoded, own: Mapping) -> Side:
@@ -112,8 +127,13 @@ def plan_part(
     shapes, model = measurer.capture.shapes, measurer.capture.model
     lengths = [originals.encoded.lengths, queries.encoded.lengths]
     longest = max(map(max, lengths))
+    embeddings = measurer.capture.embeddings
+    elements = feature_elements(measurer.choice, shapes, embeddings, longest, own)
+    mean = sum(map(sum, lengths)) / sum(map(len, lengths))
     sizes = Sizes(
-        feature_bytes=feature_bytes(measurer.choice, shapes, longest, own),
+        feature_bytes={name: 4 * count for name, count in elements.items()},
+        group_bytes=4 * max(sum(elements[n] for n in names) for names in groups(shapes).values()),
+        pair_flops=pair_flops(measurer.choice, elements, mean),
         parameters={name: int(np.prod(shape)) for name, shape in shapes.items()},
         originals=len(lengths[0]),
         queries=len(lengths[1]),

@@ -113,3 +113,37 @@ def pooled(states: Sequence[Tensor], lengths_n: Tensor) -> Tensor:
         last_nD = state_nTD[torch.arange(len(lengths_n)), lengths_n - 1].float()
         found += [sums_nD / lengths_n[:, None], last_nD]
     return torch.stack(found, dim=1)
+
+
+class Block:
+    """Features of a block of samples as its batches come, written where they will be read."""
+
+    def __init__(self, size: int):
+        """Begin a block of so many samples."""
+        self.size, self.start = size, 0
+        self.came: set[str] = set()  # layers of the batch at hand
+        self.dense: dict[str, Tensor] = {}
+        self.parts: dict[str, dict[int, Features]] = {}  # by start, as a batch may come again
+
+    def add(self, layer: str, features: Features) -> None:
+        """Take a layer's features of the batch at hand."""
+        if not isinstance(features, Tensor):
+            self.parts.setdefault(layer, {})[self.start] = features
+            return
+        if layer not in self.dense:
+            self.dense[layer] = features.new_empty(self.size, features.shape[1])
+            self.dense[layer][: self.start] = 0  # batches before had no gradient here
+        self.came.add(layer)
+        self.dense[layer][self.start : self.start + len(features)] = features
+
+    def next(self, size: int) -> None:
+        """Go on to the next batch; a layer that did not come has gradient 0."""
+        for layer in self.dense.keys() - self.came:
+            self.dense[layer][self.start : self.start + size] = 0
+        self.came.clear()
+        self.start += size
+
+    def features(self) -> dict[str, Features]:
+        """Return the block's features by layer."""
+        parts = {layer: concatenated(list(found.values())) for layer, found in self.parts.items()}
+        return self.dense | parts

@@ -7,7 +7,7 @@ complete. Each batch has a lock, so that jobs that need the same ones share the 
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +21,16 @@ from headroom.gradients.pairs import block
 from headroom.gradients.similarity import Head, Measurer, Samples
 
 MANIFEST = "manifest.json"
+
+
+def groups(layers: Iterable[str]) -> dict[str, list[str]]:
+    """Return the layers that share a file: those of a decoder block."""
+    found: dict[str, list[str]] = {}
+    for layer in layers:
+        number = block(layer)
+        name = layer if number is None else f"block{number:03d}"
+        found.setdefault(name, []).append(layer)
+    return found
 
 
 class Store:
@@ -37,12 +47,7 @@ class Store:
         Raises:
             InputError: if the folder holds features of another identity.
         """
-        self.folder = folder
-        self.groups: dict[str, list[str]] = {}
-        for layer in layers:
-            number = block(layer)
-            name = layer if number is None else f"block{number:03d}"
-            self.groups.setdefault(name, []).append(layer)
+        self.folder, self.groups = folder, groups(layers)
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / "lock"):
             self._check(dict(identity))

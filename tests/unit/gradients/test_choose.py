@@ -3,14 +3,14 @@
 import pytest
 
 from headroom.errors import InputError
-from headroom.gradients.choose import Work, choose, exact_cost, ghost_cost
-from headroom.gradients.planner import Plan, Sizes, feature_bytes, make_plan
+from headroom.gradients.choose import WRITTEN, Work, choose, exact_cost, ghost_cost
+from headroom.gradients.planner import Plan, Sizes, feature_elements, make_plan, pair_flops
 
 WORK = Work(originals=100, queries=50, length=16)
 
 
 def test_costs_are_their_closed_forms():
-    assert exact_cost((8, 4), WORK) == 2 * 32 * (150 * 16 + 100 * 50)
+    assert exact_cost((8, 4), WORK) == 2 * 32 * (150 * (16 + WRITTEN) + 100 * 50)
     assert ghost_cost((8, 4), WORK, 0.5) == 2 * 100 * 50 * 16**2 * (8 + 4) / 0.5
     assert ghost_cost((8, 4), WORK, 1.0, lookup=True) == 2 * 100 * 50 * 16**2 * 4
 
@@ -20,7 +20,7 @@ def test_costs_are_their_closed_forms():
 def test_auto_is_ghost_exactly_where_its_inequality_holds(shape, length):
     o, i = shape
     c, N, Q, T = 0.5, 40, 60, length
-    wanted = T**2 * (o + i) < c * o * i * (1 + T * (1 / N + 1 / Q))
+    wanted = T**2 * (o + i) < c * o * i * (1 + (T + WRITTEN) * (1 / N + 1 / Q))
     found = choose("auto", {"w": shape}, [], Work(N, Q, T), c)
     assert found == {"w": "ghost" if wanted else "exact"}
 
@@ -43,6 +43,8 @@ def test_an_embedding_that_is_only_looked_up_is_ghost_for_longer():
 def sizes(**changes) -> Sizes:
     found = Sizes(
         feature_bytes={"a": 400, "b": 800, "c": 400},
+        group_bytes=1200,
+        pair_flops=800.0,
         parameters={"a": 100, "b": 200, "c": 100},
         originals=40,
         queries=10,
@@ -102,10 +104,23 @@ def test_bytes_of_features_by_backend():
     own = {"projection": {"dimension": 64}, "two_sided": {"outer": 8, "inner": 50}}
 
     def elements(backend):
-        found = feature_bytes(dict.fromkeys(shapes, backend), shapes, 7, own)
-        return found["w"] / 4, found["norm"] / 4
+        found = feature_elements(dict.fromkeys(shapes, backend), shapes, {}, 7, own)
+        return found["w"], found["norm"]
 
     assert elements("exact") == (3000, 30)
     assert elements("ghost") == (7 * 130, 30)
     assert elements("projection") == (64, 30)
     assert elements("two_sided") == (8 * 30, 30)
+
+
+def test_embeddings_keep_tokens_and_not_a_vocabulary():
+    """A table that is looked up keeps its rows' gradients and 8 bytes a token; a tied one both."""
+    shapes, own = {"e": (50000, 16)}, {}
+    kept = {tied: feature_elements({"e": "ghost"}, shapes, {"e": tied}, 7, own) for tied in (0, 1)}
+    assert kept[0]["e"] == 7 * (2 + 16)
+    assert kept[1]["e"] == kept[0]["e"] + 7 * (50000 + 16)
+
+
+def test_operations_of_a_pair():
+    elements = {"a": 10, "b": 20}
+    assert pair_flops({"a": "exact", "b": "ghost"}, elements, 7) == 2 * 10 + 2 * 20 * 7
