@@ -86,5 +86,5 @@ def test_answers_hang_on_their_own_prompt_alone(folder, tokenizer, tmp_path):  #
     assert [line["id"] for line in made] == [line["id"] for line in [*rows, {"id": "l"}]]
     assert made[-1]["skipped"] == "prompt without room for an answer"
     encoded = encode(tmp_path / "1", tokenizer, OWN)
-    assert encoded.skipped["prompt without room for an answer"] == ["l"]
+    assert encoded.skipped["prompt without room for an answer"] == ["s11", "l"]
     assert max(encoded.lengths) <= OWN["length"]
