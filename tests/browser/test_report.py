@@ -22,7 +22,7 @@ PICTURES = {
     ("Translator heads", "Quality"): 2,
     ("Parallel branches", "branch"): 2,
     ("Parallel branches", "heads"): 5,
-    ("Gradients", "tiny, objects"): 6,
+    ("Gradients", "model_generated, two_sided"): 6,
 }
 
 

@@ -271,8 +271,12 @@ rule projection_errors:
             f"{ERRORS}/{{backend}}.csv",
             caption="../report/gradients_error.rst",
             category="Gradients",
-            subcategory="{recipe}, {instructions}",
-            labels={"checkpoint": "{recipe}", "figure": "errors of {backend} (CSV)"},
+            subcategory="errors of approximations",
+            labels={
+                "checkpoint": "{recipe}",
+                "samples": "{instructions}",
+                "figure": "{backend} (CSV)",
+            },
         ),
     log:
         "results/logs/projection_errors/{recipe}/{instructions}/{backend}.log",

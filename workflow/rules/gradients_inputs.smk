@@ -19,19 +19,16 @@ OWN = {
 
 
 def gradients_shown(name, caption, figure):
-    """A figure or page of a setting that the report shows.
-
-    Settings and backends stand in the figure's label: labels of their own would be switches of the
-    report's page, which goes blank for combinations that a figure hasn't.
-    """
+    """A figure or page of a setting that the report shows."""
     return report(
         f"{ROOT}/{name}",
         caption=f"../report/{caption}.rst",
         category="Gradients",
-        subcategory="{recipe}, {instructions}",
+        subcategory="{setting}, {backend}",
         labels={
             "checkpoint": "{recipe}",
-            "figure": f"{figure}: {{setting}}, {{backend}}",
+            "samples": "{instructions}",
+            "figure": figure,
         },
     )
 
