@@ -121,7 +121,16 @@ def setup_of(
     originals, queries = map(side, sides)
     blocks = range(originals.grid.blocks)
     layers = list(groups or capture.shapes)
-    plan = Plan(False, [layers], len(blocks), sum(map(len, sides)), 0, 0, 0)
+    plan = Plan(
+        stored=False,
+        groups=[layers],
+        tile=len(blocks),
+        passes=sum(map(len, sides)),
+        flops=0,
+        pass_flops=0,
+        memory=0,
+        disk=0,
+    )
     measurer = Measurer(capture, choice, OWN, batch)
     return Setup(originals, queries, measurer, blocks, plan, {}, Path())
 

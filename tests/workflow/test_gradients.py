@@ -130,7 +130,7 @@ class Endpoint(BaseHTTPRequestHandler):
             self.wfile.write(b'{"error": {"message": "budget used up, key sk-7-secret"}}')
             return
         cls.left -= 1
-        text = body["messages"][-1]["content"].replace("What is", "Could you tell me what is")
+        text = body["messages"][-1]["content"].replace("What is", "Tell me, what is")
         text = text.replace("as everyone knows", "as is known to all")
         reply = {"role": "assistant", "content": text}
         answer = {"choices": [{"index": 0, "finish_reason": "stop", "message": reply}]}

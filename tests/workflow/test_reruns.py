@@ -40,7 +40,7 @@ READ = {"gradient_retrieval": 1, "gradient_figures": 1}
 CASES = {
     "partition_added": (
         changed("gradients.partitions", 3),
-        {"gradient_dots": 3, "merge_dots": 1, **READ},
+        {"plan_gradients": 1, "gradient_dots": 3, "merge_dots": 1, **READ},
     ),
     "setting_added": (
         changed("gradients.settings", ["model_generated", "paraphrased"]),
@@ -48,9 +48,9 @@ CASES = {
     ),
     "backend_added": (
         changed("gradients.backends", ["two_sided", "auto"]),
-        {"gradient_dots": 2, "merge_dots": 1, **READ},
+        {"plan_gradients": 1, "gradient_dots": 2, "merge_dots": 1, **READ},
     ),
-    "disk_changes_no_dot_product": (changed("gradients.disk_gb", 0), {}),
+    "disk_changes_no_dot_product": (changed("gradients.disk_gb", 0), {"plan_gradients": 1}),
     "ratio_added": (
         changed("branches.ablations.branch.ratios", [0, 0.5, 1]),
         {"train_stack": 1, "evaluate_stack": 2, **BRANCH_ABLATION},
@@ -308,6 +308,7 @@ RULE_SETTINGS = {
     "instruction_pairs": ("instructions.objects.characters", 100),
     "paraphrase_pairs": ("instructions.objects.paraphraser", {"rules": {"strength": 0.5}}),
     "answer_prompts": ("gradients.answers.new_tokens", 5),
+    "plan_gradients": ("gradients.memory_gb", 3.0),
     "gradient_dots": ("gradients.batch", 4),
     "merge_dots": ("gradients.partitions", 3),
     "gradient_retrieval": ("gradients.permutations", 30),

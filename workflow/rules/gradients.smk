@@ -182,6 +182,8 @@ rule gradient_retrieval:
         states=f"{ROOT}/states.safetensors",
         originals="results/instructions/{instructions}/original.jsonl",
         queries=queries_of,
+        read="results/instructions/{instructions}/original.json",
+        paraphrased="results/instructions/{instructions}/paraphrased.json",
     output:
         retrieval=ensure(f"{ROOT}/retrieval.csv", non_empty=True),
         layers=ensure(f"{ROOT}/layers.csv", non_empty=True),

@@ -104,8 +104,8 @@ def write_brought(settings: Mapping[str, Any], originals: Path, output: Path, na
     if len(missing) == len(wanted) or (missing and not settings.get("partial", False)):
         raise InputError(
             f"config key {key}: {len(missing)} of {len(wanted)} originals have no paraphrase "
-            f"({', '.join(missing[:3])}; allowed: one for each id, or with partial: true at least "
-            f"one)"
+            f"({', '.join(missing[:3])}; allowed: one for each id, not empty, or with partial: "
+            f"true at least one)"
         )
     found = [brought[sample.id] for sample in wanted if sample.id in brought]
     write_samples(output, found)

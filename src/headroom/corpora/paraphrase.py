@@ -66,11 +66,11 @@ def _check_endpoint(settings: Mapping, key: str) -> None:
             f"key comes from the environment variable that {key}.key names)"
         )
     variable = settings.get("key")
-    if variable is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
+    if variable is not None and not re.fullmatch(r"[A-Z][A-Z0-9_]*", variable):
         # Not shown: it may be the key itself.
         raise InputError(
             f"config key {key}.key is no name of an environment variable (allowed: the name of the "
-            f"variable that holds the key, such as OPENAI_API_KEY; never the key itself)"
+            f"variable that holds the key, in capitals, such as OPENAI_API_KEY, never the key)"
         )
 
 

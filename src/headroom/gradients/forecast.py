@@ -51,8 +51,8 @@ def write_plan(checkpoint: str, sets: Mapping[str, str], settings: Mapping, outp
         # Stored features of the queries are made once for all partitions.
         "passes": sum(plan.passes for plan in plans) - extra,
         "teraflop": round((sum(plan.flops for plan in plans) - extra * one_pass) / 1e12, 6),
-        "memory_gb": round(max(plan.memory for plan in plans) / 1e9, 6),
-        "disk_gb": round(first.disk / 1e9, 6),
+        "memory_needed_gb": round(max(plan.memory for plan in plans) / 1e9, 6),
+        "disk_needed_gb": round(first.disk / 1e9, 6),
         "groups_of_layers": 1 if first.stored else len(first.groups),
         "blocks_of_a_tile": first.tile,
         "choice": choice,

@@ -1,5 +1,6 @@
 """From merged dot products to the study's tables, page and exports."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from headroom.checkpoints import write_json
+from headroom.checkpoints import read_json, write_json
 from headroom.corpora.instructions import read_samples
 from headroom.gradients import dots as results
 from headroom.gradients import export
@@ -45,7 +46,8 @@ def write_retrieval(
     """Write who finds the originals: tables, page, exports.
 
     Args:
-        inputs: files ``dots``, ``states``, ``originals`` and ``queries``.
+        inputs: files ``dots``, ``states``, ``originals`` and ``queries``, and ``read`` and
+            ``paraphrased``, the counts of samples read and rewritten.
         settings: sections ``gradients`` (candidates, permutations, greedy) and ``evaluation``
             (bootstrap).
         title: of the page.
@@ -83,7 +85,8 @@ def write_retrieval(
     self_similarity_table(pairs).to_parquet(outputs["self_similarity"], index=False)
     said = bootstrap | {"permutations": own["permutations"]}
     text = page(title, table, best, found, chosen, hubs, said)
-    Path(outputs["page"]).write_text(_with_notes(text, measured), encoding="utf-8")
+    text = _with_notes(text, measured, _samples_said(inputs))
+    Path(outputs["page"]).write_text(text, encoding="utf-8")
     write_json(Path(outputs["summary"]), _summary(measured, table, best, found))
     _export(Path(outputs["export"]), pairs)
 
@@ -126,7 +129,20 @@ def without_noise(found: Dots) -> Dots:
     return replace(found, dot_LQN=dot_LQN, query_LQ=query_LQ, original_LN=original_LN)
 
 
-def _with_notes(text: str, measured: Dots) -> str:
+def _samples_said(inputs: Mapping[str, str]) -> str:
+    """Say what became of the samples before any was measured."""
+    read, rewritten = (read_json(inputs[name]) for name in ("read", "paraphrased"))
+    refused = {f"refused by {gate}": n for gate, n in rewritten.get("left_out", {}).items()}
+    counts = {"empty": read["empty"], "duplicates": read["duplicates"], **refused}
+    counts["without a paraphrase of yours"] = rewritten.get("missing", 0)
+    lost = ", ".join(f"{n} {reason}" for reason, n in counts.items() if n)
+    with Path(inputs["queries"]).open(encoding="utf-8", newline="\n") as file:
+        cut = sum(not json.loads(line).get("ended", True) for line in file)
+    said = f"Of the source's samples were lost on the way: {lost or 'none'}."
+    return said + (f" {cut} of the model's answers were cut before they ended." if cut else "")
+
+
+def _with_notes(text: str, measured: Dots, samples: str) -> str:
     """Add to the page what was measured and what was left out."""
     notes = measured.notes
     left = [
@@ -140,7 +156,7 @@ def _with_notes(text: str, measured: Dots) -> str:
     said = (
         f"<p>Backend {notes['backend']} ({', '.join(backends)}), {notes['dtype']}; loss: "
         f"{notes['loss']}. {len(measured.originals):,} originals, {len(measured.queries):,} "
-        f"queries; left out: {'; '.join(left) or 'nothing'}.</p>"
+        f"queries; left out: {'; '.join(left) or 'nothing'}. {samples}</p>"
     )
     return text.replace("</h2>", f"</h2>{said}", 1)
 
