@@ -213,6 +213,9 @@ def test_paraphrases_brought_are_matched_by_id(tmp_path):
 
 
 @pytest.mark.data
+@pytest.mark.skipif(
+    not (DATA / "lima").is_dir(), reason=f"no LIMA under {DATA} (set HEADROOM_DATA)"
+)
 def test_lima_and_its_paraphrases(write, tmp_path):
     fields = {"id": "id", "messages": "messages"}
     counts, samples = write(
