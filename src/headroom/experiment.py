@@ -292,6 +292,10 @@ def _check_references(config: dict) -> None:
         for name, source in config["checkpoints"].items()
         if "train" in source
     ]
+    references += [
+        ("gradients.instructions", name, "instructions")
+        for name in config["gradients"].get("instructions", [])
+    ]
     references.append(("branches.corpus", config["branches"]["corpus"], "corpora"))
     for key, name, table in references:
         if name not in config[table]:

@@ -5,8 +5,7 @@ ROOT = "results/gradients/{recipe}/{instructions}/{setting}/{backend}"
 ERRORS = "results/gradients/{recipe}/{instructions}/errors"
 # What decides a sample's gradient; the rest of the section is about how the work is cut.
 MEASURED = [
-    f"gradients.{name}"
-    for name in (*("template", "length", "too_long", "batch", "block"),)
+    f"gradients.{name}" for name in ("template", "length", "too_long", "batch", "block")
 ]
 # What else decides it, by backend; one added by hand may read them all.
 OWN = {
@@ -68,10 +67,15 @@ def instruction_settings(wildcards):
     return found
 
 
+def paraphraser(wildcards):
+    """The kind of a set's paraphraser, and its settings."""
+    source = config["instructions"][wildcards.instructions]
+    return gradient_families.paraphraser_of(source)
+
+
 def paraphraser_files(wildcards):
     """The local files that paraphrases, or the model that makes them, are brought in."""
-    source = config["instructions"][wildcards.instructions]
-    kind, own = gradient_families.paraphraser_of(source)
+    kind, own = paraphraser(wildcards)
     if kind == "model" and "path" in own:
         return source_files(own["path"])
     return own["path"] if kind == "path" else []
@@ -79,8 +83,7 @@ def paraphraser_files(wildcards):
 
 def paraphraser_gpus(wildcards):
     """GPUs of a job in which a model rewrites."""
-    source = config["instructions"][wildcards.instructions]
-    kind, _ = gradient_families.paraphraser_of(source)
+    kind, _ = paraphraser(wildcards)
     return config["compute"]["gpus"] if kind == "model" else 0
 
 
@@ -93,8 +96,7 @@ PASSING = (
 
 def paraphraser_settings(wildcards):
     """What decides the paraphrases: not how many requests run at once, nor how long they may."""
-    source = config["instructions"][wildcards.instructions]
-    kind, own = gradient_families.paraphraser_of(source)
+    kind, own = paraphraser(wildcards)
     kept = {key: value for key, value in own.items() if key not in PASSING}
     return experiment.sanitised({"kind": kind, kind: kept})
 
@@ -103,8 +105,7 @@ def paraphraser_resource(name):
     """A setting of an endpoint that decides no text, in thousandths; -1 for what has none."""
 
     def found(wildcards):
-        source = config["instructions"][wildcards.instructions]
-        _, own = gradient_families.paraphraser_of(source)
+        _, own = paraphraser(wildcards)
         return int(1000 * own[name]) if name in own else -1
 
     return found
@@ -112,9 +113,7 @@ def paraphraser_resource(name):
 
 def paraphraser_memory(wildcards, attempt):
     """Megabytes: little, unless a model rewrites."""
-    kind, own = gradient_families.paraphraser_of(
-        config["instructions"][wildcards.instructions]
-    )
+    kind, own = paraphraser(wildcards)
     size = config["compute"]["mem_mb"] if kind == "model" else 700
     if kind == "model" and "path" in own:
         size += (

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headroom.checkpoints import load_model, load_tokenizer
+from headroom.corpora.generation import continuations, end_tokens
 from headroom.corpora.paraphrase_endpoint import SYSTEM
 from headroom.errors import InputError
 
@@ -58,7 +59,7 @@ class Model:
             first = (str(error).splitlines() or [""])[0]
             raise InputError(f"config key {key}: {folder} can't be loaded: {first}") from error
         self.settings, self.key = settings, key
-        self.ends = _end_tokens(self.model, self.tokenizer)
+        self.ends = end_tokens(self.model, self.tokenizer)
         if not self.ends:
             raise InputError(
                 f"config key {key}: neither model nor tokenizer in {folder} names an end token "
@@ -113,26 +114,10 @@ class Model:
     def _generated(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], new: int
     ) -> list[str]:
-        import torch
-        from transformers import GenerationConfig
-
-        longest = max(map(len, prompts))
-        pad = self.ends[0]
-        tokens_BT = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts])
-        mask_BT = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-        # A configuration of its own: the model's may sample, with the global random state.
-        config = GenerationConfig(
-            do_sample=False, max_new_tokens=new, eos_token_id=self.ends, pad_token_id=pad
-        )
         temperature = self.settings.get("temperature", TEMPERATURE)
-        with torch.inference_mode():
-            made_BT = self.model.generate(
-                tokens_BT.to(self.model.device),
-                attention_mask=mask_BT.to(self.model.device),
-                generation_config=config,
-                logits_processor=[_Noise(seeds, temperature)] if temperature else [],
-            )
-        return [self._read(row[longest:].tolist()) for row in made_BT]
+        noise = [_Noise(seeds, temperature)] if temperature else []
+        made = continuations(self.model, prompts, new, self.ends, noise)
+        return [self._read(tokens) for tokens in made]
 
     def _read(self, tokens: list[int]) -> str:
         """Return the paraphrase; "" of one that was cut, which no gate lets through."""
@@ -169,9 +154,3 @@ def _folder(settings: Mapping, key: str) -> Path:
     from headroom.imports import fetch
 
     return fetch(settings, f"{key}.hub", ("*.safetensors",))
-
-
-def _end_tokens(model, tokenizer) -> list[int]:
-    named = model.generation_config.eos_token_id
-    named = list(named) if isinstance(named, list | tuple) else [named]
-    return sorted({token for token in (*named, tokenizer.eos_token_id) if token is not None})

@@ -4,10 +4,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from headroom.checkpoints import load_model, load_tokenizer
+from headroom.corpora.generation import continuations, end_tokens
 from headroom.corpora.instructions import read_samples
 from headroom.errors import InputError
 from headroom.gradients.encoding import begin, prompt_text
@@ -37,10 +37,12 @@ def write_answers(
     for sample in read_samples(prompts):
         text, complete = prompt_text(sample.prompt, tokenizer, own["template"])
         texts.append((sample, begin(tokenizer, text, complete)))
-    ends = _ends(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     size, found = max(1, own["batch"] >> halvings), {}
     for longest, part in tqdm(_batches(texts, own, size), desc="answers", mininterval=5):
-        made = _generate(model, part, longest, ends) if longest > 0 else [None] * len(part)
+        made = [None] * len(part)
+        if longest > 0:
+            made = continuations(model, [tokens for _, tokens in part], longest, ends)
         for (sample, _), answer in zip(part, made, strict=True):
             found[sample.id] = _row(sample, answer, tokenizer, ends)
     if all("skipped" in row for row in found.values()):
@@ -68,44 +70,6 @@ def _batches(texts: list, own: Mapping, size: int) -> list[tuple[int, list]]:
         for longest, part in by_length.items()
         for start in range(0, len(part), size)
     ]
-
-
-def _generate(model, part: list, longest: int, ends: list[int]) -> list[list[int]]:
-    """Greedy continuations of prompts, padded on the left."""
-    width = max(len(tokens) for _, tokens in part)
-    tokens_nT = torch.zeros(len(part), width, dtype=torch.long)
-    mask_nT = torch.zeros_like(tokens_nT)
-    for row, (_, tokens) in enumerate(part):
-        tokens_nT[row, width - len(tokens) :] = torch.tensor(tokens)
-        mask_nT[row, width - len(tokens) :] = 1
-    with torch.no_grad():
-        made = model.generate(
-            tokens_nT.to(model.device),
-            attention_mask=mask_nT.to(model.device),
-            generation_config=_greedy(longest, ends),
-        )
-    return made[:, width:].tolist()
-
-
-def _ends(model, tokenizer) -> list[int]:
-    """Tokens that end an answer: the tokenizer's and those that the model itself stops at."""
-    own = model.generation_config.eos_token_id
-    own = model.config.eos_token_id if own is None else own
-    found = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-    return sorted(found - {None})
-
-
-def _greedy(longest: int, ends: list[int]):
-    """Greedy decoding whatever a checkpoint's own generation_config.json asks for."""
-    from transformers import GenerationConfig
-
-    return GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=longest,
-        eos_token_id=ends or None,
-        pad_token_id=ends[0] if ends else 0,
-    )
 
 
 def _row(sample, answer: list[int] | None, tokenizer, ends: list[int]) -> dict:

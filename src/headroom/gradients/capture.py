@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from headroom.errors import InputError
-from headroom.gradients.uses import Lookup, Outer, Use, Uses, Vector, materialise
+from headroom.gradients.uses import Lookup, Outer, Use, Uses, Vector, materialise, wide
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,9 +68,8 @@ def answer_losses(logits_nTV: Tensor, batch: Batch) -> Tensor:
     # Token t is predicted at t − 1. No slice of the logits: its gradient would be written twice.
     inside_nT = (place_T >= batch.answers_n[:, None] - 1) & (place_T < batch.lengths_n[:, None] - 1)
     logits = logits_nTV[inside_nT]
-    wide = torch.promote_types(logits.dtype, torch.float32)
     labels = batch.tokens_nT.roll(-1, dims=1)[inside_nT]
-    each = F.cross_entropy(logits.to(wide), labels, reduction="none")
+    each = F.cross_entropy(wide(logits), labels, reduction="none")
     sample = inside_nT.nonzero()[:, 0]
     sums_n = each.new_zeros(len(inside_nT)).index_add(0, sample, each)
     return sums_n / inside_nT.sum(1)
@@ -282,8 +281,7 @@ def _conv1d(module: nn.Module, read: Tensor, gradient: Tensor, n: int) -> list[t
 def _bias(module: nn.Module, gradient_nTo: Tensor) -> list[tuple[str, Use]]:
     if module.bias is None:
         return []
-    wide = torch.promote_types(gradient_nTo.dtype, torch.float32)
-    return [("bias", Vector(gradient_nTo.sum(1, dtype=wide)))]
+    return [("bias", Vector(wide(gradient_nTo).sum(1)))]
 
 
 def _embedding(module: nn.Module, read: Tensor, gradient: Tensor, n: int) -> list[tuple[str, Use]]:
@@ -300,11 +298,10 @@ def _norm(module: nn.Module, read: Tensor, gradient: Tensor, n: int) -> list[tup
     own: Mapping[str, Tensor] = dict(module.named_parameters(recurse=False))
     zeros = {name: torch.zeros_like(p) for name, p in own.items()}
     base = functional_call(module, zeros, (read,))
-    wide = torch.promote_types(gradient.dtype, torch.float32)
     found = []
     for name in own:
         changed = {**zeros, name: torch.ones_like(own[name])}
         slope = functional_call(module, changed, (read,)) - base
-        value = (slope.to(wide) * gradient.to(wide)).reshape(n, -1, own[name].shape[0])
+        value = (wide(slope) * wide(gradient)).reshape(n, -1, own[name].shape[0])
         found.append((name, Vector(value.sum(1))))
     return found

@@ -6,6 +6,7 @@ machine does fewer a second: they are short products that are over when their to
 Ghost wins where T²(o + i) < c·o·i·[1 + (T + W)(1/N + 1/Q)].
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -22,11 +23,8 @@ class Work(NamedTuple):
 
 def exact_cost(shape: Sequence[int], work: Work) -> float:
     """Operations of all pairs by written-out gradients, forming them included."""
-    size = 1
-    for side in shape:
-        size *= side
     N, Q, T = work
-    return 2 * size * ((N + Q) * (T + WRITTEN) + N * Q)
+    return 2 * math.prod(shape) * ((N + Q) * (T + WRITTEN) + N * Q)
 
 
 def ghost_cost(shape: Sequence[int], work: Work, speed: float, lookup: bool = False) -> float:

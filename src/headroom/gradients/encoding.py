@@ -28,6 +28,11 @@ class Encoded(NamedTuple):
         """Tokens of each sample."""
         return [len(tokens) for tokens, _ in self.samples]
 
+    @property
+    def skips(self) -> dict[str, int]:
+        """How many samples were left out, by reason."""
+        return {reason: len(ids) for reason, ids in self.skipped.items()}
+
 
 def encode(path: str | Path, tokenizer: "PreTrainedTokenizerBase", settings: Mapping) -> Encoded:
     """Return a set's samples as tokens: prompt by the template, answer, end of sequence.
@@ -67,7 +72,7 @@ def encode(path: str | Path, tokenizer: "PreTrainedTokenizerBase", settings: Map
     if twice:
         raise InputError(f"{path}: id {twice[0]!r} stands twice (allowed: each id once)")
     if len(ids) < 2:
-        counts = ", ".join(f"{len(found)} {reason}" for reason, found in skipped.items())
+        counts = ", ".join(f"{len(left)} {reason}" for reason, left in skipped.items())
         raise InputError(
             f"{path}: {len(ids)} samples are left ({counts or 'none was there'}; allowed: two or "
             f"more; see gradients.length and gradients.too_long)"

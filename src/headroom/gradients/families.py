@@ -23,13 +23,6 @@ def check(config: Mapping) -> None:
         InputError: for unknown names and sizes that don't fit each other.
     """
     own = config["gradients"]
-    for key, table in (("instructions", config["instructions"]),):
-        for name in own[key]:
-            if name not in table:
-                raise InputError(
-                    f"config key gradients.{key}: {name} is not among {key} "
-                    f"({', '.join(table) or 'none are given'})"
-                )
     known = backends()
     for name in own["backends"]:
         if name not in known:

@@ -24,6 +24,7 @@ from headroom.gradients.uses import (
     ghost_squares,
     is_vector,
     materialise,
+    wide,
 )
 
 Features = Tensor | Uses
@@ -65,15 +66,12 @@ def two_sided(parameter: Parameter, uses: Uses, settings: Mapping) -> Features:
     if is_vector(uses):
         return materialise(uses, parameter.shape)
     own = settings["two_sided"]
-    sides = [
-        None
-        if size <= own[side]
-        else gaussian(f"{parameter.name}/{side}", size, own[side], own["seed"])
-        for side, size in zip(("outer", "inner"), parameter.shape, strict=True)
-    ]
-    shape = [
-        min(own[side], size) for side, size in zip(("outer", "inner"), parameter.shape, strict=True)
-    ]
+    sides, shape = [], []
+    for side, size in zip(("outer", "inner"), parameter.shape, strict=True):
+        kept = min(own[side], size)
+        name = f"{parameter.name}/{side}"
+        sides.append(None if kept == size else gaussian(name, size, kept, own["seed"]))
+        shape.append(kept)
     return materialise(tuple(_thinned(use, *sides) for use in uses), shape)
 
 
@@ -87,8 +85,8 @@ def _thinned(use: Outer | Lookup | Vector, outer: Tensor | None, inner: Tensor |
 
 
 def _project(values: Tensor, side: Tensor) -> Tensor:
-    wide = values.to(torch.promote_types(values.dtype, torch.float32))
-    return wide @ side.to(wide)
+    values = wide(values)
+    return values @ side.to(values)
 
 
 FEATURES: dict[str, Backend] = {
@@ -109,14 +107,6 @@ def dots(first: Features, second: Features) -> Tensor:
 def squares(features: Features) -> Tensor:
     """Return the squared norms of a batch's features: (n,) in float64."""
     return dense_squares(features) if isinstance(features, Tensor) else ghost_squares(features)
-
-
-def nbytes(features: Features) -> int:
-    """Bytes that features take."""
-    parts = (
-        [features] if isinstance(features, Tensor) else [part for use in features for part in use]
-    )
-    return sum(part.numel() * part.element_size() for part in parts)
 
 
 def concatenated(parts: Sequence[Features]) -> Features:

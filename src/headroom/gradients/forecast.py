@@ -56,10 +56,7 @@ def write_plan(checkpoint: str, sets: Mapping[str, str], settings: Mapping, outp
         "groups_of_layers": 1 if first.stored else len(first.groups),
         "blocks_of_a_tile": first.tile,
         "choice": choice,
-        "skipped": {
-            name: {reason: len(ids) for reason, ids in side.encoded.skipped.items()}
-            for name, side in (("originals", originals), ("queries", queries))
-        },
+        "skipped": {"originals": originals.encoded.skips, "queries": queries.encoded.skips},
     }
     write_json(Path(output), found)
 

@@ -25,6 +25,10 @@ class Grid(NamedTuple):
         """Places of a block in the grid."""
         return range(number * self.block, min((number + 1) * self.block, len(self.order)))
 
+    def number(self, rows: range) -> int:
+        """Number of a batch."""
+        return rows.start // self.batch
+
     def batches(self, rows: range) -> list[range]:
         """Batches of places in the grid that begin at a batch's start."""
         return [

@@ -101,28 +101,25 @@ def _from_store(setup: Setup, result: Result) -> None:
     """Make what is missing of the stored features, then go through them layer by layer."""
     first, second = _fill(setup)
     grids = setup.originals.grid, setup.queries.grid
-    own = [
-        rows for number in setup.blocks for rows in grids[0].batches(grids[0].block_rows(number))
-    ]
-    for rows in own:
-        result.take_originals(rows, first.head(rows.start // grids[0].batch))
+    for rows in grids[0].batches(setup.rows):
+        result.take_originals(rows, first.head(grids[0].number(rows)))
     passing = grids[1].batches(range(len(grids[1].order)))
     for rows in passing:
-        result.take_queries(rows, second.head(rows.start // grids[1].batch))
+        result.take_queries(rows, second.head(grids[1].number(rows)))
     device = setup.measurer.device
     for layer in tqdm(setup.measurer.layers, desc="layers", mininterval=5):
         for tile in _tiles(setup.blocks, setup.plan.tile):
             held = {number: _held(first, grids[0], number, layer, device) for number in tile}
             for rows in passing:
-                features = _moved(second.read(rows.start // grids[1].batch, layer), device)
+                features = _moved(second.read(grids[1].number(rows), layer), device)
                 for number, block in held.items():
                     if block is not None and features is not None:
                         result.add(layer, rows, grids[0].block_rows(number), block, features)
 
 
 def _held(store: Store, grid: Grid, number: int, layer: str, device) -> Features | None:
-    numbers = [rows.start // grid.batch for rows in grid.batches(grid.block_rows(number))]
-    found = [store.read(batch, layer) for batch in numbers]
+    batches = grid.batches(grid.block_rows(number))
+    found = [store.read(grid.number(rows), layer) for rows in batches]
     return None if None in found else _moved(concatenated(found), device)
 
 
@@ -140,21 +137,15 @@ def _fill(setup: Setup) -> tuple[Store, Store]:
     stores = [
         Store(setup.features / side.digest, setup.identity, setup.measurer.layers) for side in sides
     ]
-    own = [
-        rows
-        for number in setup.blocks
-        for rows in sides[0].grid.batches(sides[0].grid.block_rows(number))
-    ]
     passing = sides[1].grid.batches(range(len(sides[1].grid.order)))
     # Jobs that start together begin at different queries, so that they share the work.
     start = len(passing) * setup.blocks.start // max(1, setup.originals.grid.blocks)
-    wanted = [(0, rows) for rows in own]
+    wanted = [(0, rows) for rows in sides[0].grid.batches(setup.rows)]
     wanted += [(1, rows) for rows in (*passing[start:], *passing[:start])]
     for wait in (False, True):
         left = []
         for side, rows in tqdm(wanted, desc="backward passes", mininterval=5):
-            grid = sides[side].grid
-            number = rows.start // grid.batch
+            number = sides[side].grid.number(rows)
             samples = sides[side].batch(rows)
             if not stores[side].ensure(number, samples, setup.measurer, wait):
                 left.append((side, rows))

@@ -5,6 +5,7 @@ however many partitions there are. ``tiled``: they don't fit there. A tile of or
 memory and all queries pass by it, again for each tile and each group of layers.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -165,9 +166,7 @@ def feature_elements(
     """
     found = {}
     for name, shape in shapes.items():
-        elements = 1
-        for side in shape:
-            elements *= side
+        elements = math.prod(shape)
         if choice[name] == "ghost" and len(shape) == 2:
             looked_up = longest * (2 + shape[1]) if name in embeddings else 0  # 8 bytes a token
             multiplied = longest * sum(shape) if embeddings.get(name, True) else 0

@@ -98,8 +98,8 @@ class Result:
             "originals": setup.originals.digest,
             "queries": setup.queries.digest,
             "skipped": {
-                name: {reason: len(found) for reason, found in side.encoded.skipped.items()}
-                for name, side in (("originals", setup.originals), ("queries", setup.queries))
+                "originals": setup.originals.encoded.skips,
+                "queries": setup.queries.encoded.skips,
             },
         }
         found = Dots(

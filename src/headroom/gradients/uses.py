@@ -55,7 +55,7 @@ def materialise(uses: Uses, shape: Sequence[int]) -> Tensor:
         total_np += _outer(use)
     for use in uses:
         if isinstance(use, Vector):
-            value_np = _wide(use.value_np).flatten(1)
+            value_np = wide(use.value_np).flatten(1)
             total_np = value_np if total_np is None else total_np.add_(value_np)
         elif isinstance(use, Lookup):
             total_np = _add_rows(total_np, use, shape[0])
@@ -63,12 +63,12 @@ def materialise(uses: Uses, shape: Sequence[int]) -> Tensor:
 
 
 def _outer(use: Outer) -> Tensor:
-    return torch.bmm(_wide(use.left_nTo).mT, _wide(use.right_nTi)).flatten(1)
+    return torch.bmm(wide(use.left_nTo).mT, wide(use.right_nTi)).flatten(1)
 
 
 def _add_rows(total_np: Tensor | None, use: Lookup, rows: int) -> Tensor:
     """Add an embedding's gradient in place: a table for each sample is large."""
-    right_nTi = _wide(use.right_nTi)
+    right_nTi = wide(use.right_nTi)
     n, T, i = right_nTi.shape
     if total_np is None:
         total_np = right_nTi.new_zeros(n, rows * i)
@@ -118,7 +118,7 @@ def ghost_squares(uses: Uses) -> Tensor:
 
 def _own_dots(first: Outer | Lookup, second: Outer | Lookup) -> Tensor:
     """Dots of each sample's use with its own other use: (n,) in float64."""
-    pairs_nTS = torch.bmm(_wide(first[1]), _wide(second[1]).mT)
+    pairs_nTS = torch.bmm(wide(first[1]), wide(second[1]).mT)
     pairs_nTS *= _own_lefts(first, second)
     return pairs_nTS.sum(2).sum(1, dtype=torch.float64)
 
@@ -127,9 +127,9 @@ def _own_lefts(first: Outer | Lookup, second: Outer | Lookup) -> Tensor:
     """As :func:`_lefts`, of tokens of the same sample: (n, T, S)."""
     own, other = first[0], second[0]
     if isinstance(first, Outer) and isinstance(second, Outer):
-        return torch.bmm(_wide(own), _wide(other).mT)
+        return torch.bmm(wide(own), wide(other).mT)
     if isinstance(first, Outer):
-        return _wide(own).gather(2, other[:, None].expand(-1, own.shape[1], -1))
+        return wide(own).gather(2, other[:, None].expand(-1, own.shape[1], -1))
     if isinstance(second, Outer):
         return _own_lefts(second, first).mT
     return own[:, :, None] == other[:, None]
@@ -149,10 +149,10 @@ def _ghost(first: Outer | Lookup, second: Outer | Lookup) -> Tensor:
     m, S = second[1].shape[:2]
     if isinstance(first, Lookup) and isinstance(second, Outer):
         return _ghost(second, first).T
-    left_mSo, right_mSi = second[0].flatten(0, 1), _wide(second[1]).flatten(0, 1)
+    left_mSo, right_mSi = second[0].flatten(0, 1), wide(second[1]).flatten(0, 1)
     found = []
     for rows in _chunks(n, max(1, SCRATCH // max(1, T * m * S))):
-        pairs = _wide(first[1][rows]).flatten(0, 1) @ right_mSi.T  # (rows·T, m·S)
+        pairs = wide(first[1][rows]).flatten(0, 1) @ right_mSi.T  # (rows·T, m·S)
         pairs *= _lefts(first, second, rows, left_mSo)
         sums = pairs.view(-1, T, m, S).sum(3).sum(1, dtype=torch.float64)
         found.append(sums)
@@ -165,14 +165,14 @@ def _lefts(first: Outer | Lookup, second: Outer | Lookup, rows: slice, left_mSo:
     if isinstance(first, Lookup):
         return own[:, None] == left_mSo[None]
     if isinstance(second, Lookup):
-        return _wide(own)[:, left_mSo]
-    return _wide(own) @ _wide(left_mSo).T
+        return wide(own)[:, left_mSo]
+    return wide(own) @ wide(left_mSo).T
 
 
 def _chunks(count: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, count, size))
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
     """Return the tensor, as float32 where it is narrower."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
