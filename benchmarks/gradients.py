@@ -109,6 +109,16 @@ def random_samples(count: int, length: int, vocabulary: int, seed: int) -> list:
     return [(row, max(1, length // 8)) for row in tokens]
 
 
+def ragged_samples(count: int, vocabulary: int, seed: int) -> list:
+    """Samples with the spread of LIMA's lengths (log-normal, sigma .93), 16 to 256 tokens."""
+    draw = torch.Generator().manual_seed(seed)
+    lengths = (96 * torch.exp(0.93 * torch.randn(count, generator=draw))).clamp(16, 256).int()
+    return [
+        random_samples(1, length, vocabulary, 1000 * seed + place)[0]
+        for place, length in enumerate(lengths.tolist())
+    ]
+
+
 def setup_of(
     capture: Capture, sides: Sequence, choice: Mapping, batch: int, groups: Sequence | None = None
 ) -> Setup:
@@ -210,13 +220,22 @@ def _cost_row(model, size: Size, batch: int, plain: Sequence, ours: Sequence) ->
 
 
 def kronfluence(settings: argparse.Namespace) -> None:
-    """Print pairwise scores by module beside kronfluence's."""
+    """Print pairwise scores by module beside kronfluence's: samples of one length, and of many."""
     missing = [name for name in ("kronfluence", "accelerate") if find_spec(name) is None]
     if missing:
         print(f"\nkronfluence: skipped, not installed: {', '.join(missing)}")
         return
     size = SMALL._replace(count=32, layers=3)
-    sides = [random_samples(size.count, size.length, size.vocabulary, seed) for seed in (1, 2)]
+    same = [random_samples(size.count, size.length, size.vocabulary, seed) for seed in (1, 2)]
+    many = [ragged_samples(64, size.vocabulary, seed) for seed in (1, 2)]
+    ways = [(16, 16, False), (32, 8, False), (32, 16, False), (32, 32, False)]
+    _beside_kronfluence(settings, size, "one length, 128 tokens", same, ways)
+    ways = [(q, t, order) for order in (False, True) for q, t in ((64, 8), (64, 16), (64, 32))]
+    _beside_kronfluence(settings, size, "lengths spread as LIMA's", many, ways)
+
+
+def _beside_kronfluence(settings, size: Size, name: str, sides: Sequence, ways: Sequence) -> None:
+    """Print one table; ways are query batch, other batch, and whether samples come by length."""
     capture = Capture(llama(size, tied=False, device=settings.device))
     linear = [name for name, m in capture.model.named_modules() if isinstance(m, nn.Linear)]
     layers = [f"{name}.weight" for name in linear]
@@ -227,18 +246,22 @@ def kronfluence(settings: argparse.Namespace) -> None:
     results: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as folder:
         theirs = _Kronfluence(llama(size, tied=False, device=settings.device), linear, folder)
-        ways: dict[str, Callable] = {"headroom": lambda: measure.measure(setup)}
-        for queries, train in ((16, 16), (32, 8), (32, 16), (32, 32)):
-            ways[f"{queries} queries, {train} others"] = lambda q=queries, t=train: theirs.scores(
-                sides, q, t
-            )
+        work: dict[str, Callable] = {"headroom": lambda: measure.measure(setup)}
+        for way in ways:
+            label = f"{way[0]} queries, {way[1]} others" + ", sorted by length" * way[2]
+            work[label] = lambda way=way: theirs.scores(sides, *way)
         for turn in range(settings.rounds + 1):
-            for name, way in ways.items():
+            for label, do in work.items():
                 seconds = timed(
-                    settings.device, lambda way=way, name=name: results.update({name: way()})
+                    settings.device, lambda do=do, label=label: results.update({label: do()})
                 )[0]
                 if turn:
-                    found.setdefault(name, []).append(seconds)
+                    found.setdefault(label, []).append(seconds)
+    lengths = [len(tokens) for side in sides for tokens, _ in side]
+    print(
+        f"\n{name}: {len(sides[0])} x {len(sides[1])} samples of {min(lengths)} to {max(lengths)}"
+    )
+    results |= {"order": setup.originals.grid.order}
     _print_kronfluence(settings, found, results, linear)
 
 
@@ -251,7 +274,8 @@ def _print_kronfluence(settings, found: Mapping, results: Mapping, linear: Seque
         place = ours.place[f"{name}.weight"]
         queries, originals = ours.query_QL[:, place], ours.original_NL[:, place]
         scale = torch.from_numpy((queries[:, None] * originals) ** 0.5)
-        off = results[best][name].double().cpu() - torch.from_numpy(ours.dot_LQN[place]).double()
+        theirs = results[best][name].double().cpu()[:, results["order"]]
+        off = theirs - torch.from_numpy(ours.dot_LQN[place]).double()
         error = max(error, float((off.abs() / scale).max()))
     print("\n| who | micro-batch | seconds | times headroom's |\n|---|---|---|---|")
     print(f"| headroom | {settings.batch} | {middle['headroom']:.2f} | 1 |")
@@ -261,6 +285,11 @@ def _print_kronfluence(settings, found: Mapping, results: Mapping, linear: Seque
     print(f"\nlargest difference / (‖g‖‖h‖), {len(linear)} layers, at its best: {error:.1e}")
 
 
+def _collated(samples: Sequence) -> dict[str, Tensor]:
+    """A batch for kronfluence, padded to its own longest sample."""
+    return pad(samples, "cpu")._asdict()
+
+
 class _Kronfluence:
     """Kronfluence's analyzer of a model's linear layers."""
 
@@ -268,6 +297,7 @@ class _Kronfluence:
         import logging
 
         from kronfluence import Analyzer, FactorArguments, ScoreArguments, Task, prepare_model
+        from kronfluence.utils.dataset import DataLoaderKwargs
 
         class Answers(Task):
             def compute_train_loss(self, batch, model, sample=False):
@@ -291,25 +321,24 @@ class _Kronfluence:
             disable_tqdm=True,
             output_dir=folder,
         )
+        self.analyzer.set_dataloader_kwargs(DataLoaderKwargs(collate_fn=_collated))
         self.arguments = ScoreArguments(compute_per_module_scores=True)
         self.factors = FactorArguments(strategy="identity")
         self.fitted = False
 
-    def scores(self, sides: Sequence, queries: int, train: int) -> dict[str, Tensor]:
+    def scores(self, sides: Sequence, queries: int, train: int, by_length: bool) -> dict:
         """Scores (Q, N) by module."""
-        sets = [
-            [
-                dict(zip(Batch._fields, map(torch.tensor, (t, a, len(t))), strict=True))
-                for t, a in side
-            ]
+        places = [
+            sorted(range(len(side)), key=lambda place, side=side: len(side[place][0]) * by_length)
             for side in sides
         ]
+        sets = [[side[i] for i in order] for side, order in zip(sides, places, strict=True)]
         if not self.fitted:
             self.analyzer.fit_all_factors(
                 "identity", sets[0], factor_args=self.factors, per_device_batch_size=8
             )
             self.fitted = True
-        return self.analyzer.compute_pairwise_scores(
+        found = self.analyzer.compute_pairwise_scores(
             scores_name="scores",
             factors_name="identity",
             query_dataset=sets[1],
@@ -319,6 +348,8 @@ class _Kronfluence:
             score_args=self.arguments,
             overwrite_output_dir=True,
         ) or self.analyzer.load_pairwise_scores("scores")
+        originals, asked = (torch.argsort(torch.tensor(order)) for order in places)
+        return {name: scores[asked][:, originals] for name, scores in found.items()}
 
 
 def crossover(settings: argparse.Namespace) -> None:

@@ -260,10 +260,10 @@ def _by_sample(tensor: Tensor, n: int) -> Tensor:
 
 def _rows(gradient_nTo: Tensor) -> slice:
     """The tokens that any sample has a gradient at: the head has none before the answers."""
-    if gradient_nTo[:, 0].any():
-        return slice(None)  # a look at the first token spares one at all
-    used = gradient_nTo.ne(0).any(2).any(0).nonzero()
-    return slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 1)
+    T = gradient_nTo.shape[1]  # looked at token by token: elsewhere the first look ends it
+    first = next((t for t in range(T) if gradient_nTo[:, t].any()), 0)
+    last = next((t for t in reversed(range(first, T)) if gradient_nTo[:, t].any()), 0)
+    return slice(first, last + 1)
 
 
 def _linear(module: nn.Module, read: Tensor, gradient: Tensor, n: int) -> list[tuple[str, Use]]:

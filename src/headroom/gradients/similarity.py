@@ -130,10 +130,13 @@ class Block:
         if not isinstance(features, Tensor):
             self.parts.setdefault(layer, {})[self.start] = features
             return
+        self.came.add(layer)
+        if len(features) == self.size:  # the block is one batch: nothing to gather
+            self.dense[layer] = features
+            return
         if layer not in self.dense:
             self.dense[layer] = features.new_empty(self.size, features.shape[1])
             self.dense[layer][: self.start] = 0  # batches before had no gradient here
-        self.came.add(layer)
         self.dense[layer][self.start : self.start + len(features)] = features
 
     def next(self, size: int) -> None:
