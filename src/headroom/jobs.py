@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
+from headroom import attempts
 from headroom.checkpoints import digest_file, write_json
 from headroom.errors import InputError
 
@@ -29,47 +30,57 @@ REPEATABLE = ("InputError", "DivergedError")  # errors that the same input bring
 STARTED = time.monotonic()
 
 
-def start(log: str, code: str, settings: dict, halvings: int = 0) -> None:
+def start(job) -> int:
     """Begin a job: send everything to its log, die with the parent, show errors in one line.
 
     A failure that would repeat (bad input, NaN loss) is remembered under the fingerprint of code
     and settings; later attempts of the same job say it at once instead of failing again slowly.
 
     Args:
-        log: the job's log file; file descriptors 1 and 2 both go there, C code's output too.
-        code, settings: what the job computes with.
+        job: what Snakemake hands a script: ``log``, where file descriptors 1 and 2 both go, C
+            code's output too; ``params.code`` and ``params.settings``, what it computes with;
+            ``resources.failures``, how many attempts failed before this one.
             ``settings["compute"]["threads"]`` fixes the number of threads, which is part of the
             last bits of what is computed.
-        halvings: how many attempts failed before this one.
+
+    Returns:
+        How often the job is to halve its micro-batch before it starts: once for each attempt that
+        died for want of memory.
     """
+    log, settings = str(job.log[0]), job.params.settings
     Path(log).parent.mkdir(parents=True, exist_ok=True)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for descriptor in (1, 2):
         os.dup2(file, descriptor)
     die_with_parent()
-    memo = STATE / "failures" / f"{fingerprint(log, code, settings)}.json"
-    sys.excepthook = lambda kind, error, trace: _report(memo, kind, error, trace)
-    if halvings and memo.is_file():
+    own = fingerprint(log, job.params.code, settings)
+    memo, note = STATE / "failures" / f"{own}.json", STATE / "attempts" / f"{own}.json"
+    failures = job.resources.failures
+    if failures and memo.is_file():
         sys.exit(json.loads(memo.read_text())["message"] + " (the same as before: not tried again)")
     memo.unlink(missing_ok=True)
+    halvings = attempts.begin(note, failures)
+    sys.excepthook = lambda kind, error, trace: _report(memo, note, error, trace)
     threads = settings.get("compute", {}).get("threads", 1)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
+    return halvings
 
 
-def _report(memo: Path, kind: type, error: BaseException, trace) -> None:
+def _report(memo: Path, note: Path, error: BaseException, trace) -> None:
     """Print bad input as one line, anything else with its traceback and one line."""
-    repeats = any(base.__name__ in REPEATABLE for base in kind.__mro__)
+    repeats = any(base.__name__ in REPEATABLE for base in type(error).__mro__)
     if not repeats:
-        traceback.print_exception(kind, error, trace)
+        traceback.print_exception(type(error), error, trace)
     message = (
         f"headroom: {error}"
         if isinstance(error, InputError)
-        else f"headroom: {kind.__name__}: {error}"
+        else f"headroom: {type(error).__name__}: {error}"
     )
+    print(message, file=sys.stderr, flush=True)
     if repeats:
         write_json(memo, {"message": message})
-    print(message, file=sys.stderr, flush=True)
+    attempts.failed(note, error)
 
 
 def die_with_parent() -> None:
@@ -168,7 +179,8 @@ def remove_states() -> None:
             except BlockingIOError:
                 continue  # another run is training there
             shutil.rmtree(folder)
-    shutil.rmtree(STATE / "failures", ignore_errors=True)
+    for name in ("failures", "attempts"):
+        shutil.rmtree(STATE / name, ignore_errors=True)
 
 
 def _files(path: Path) -> list[Path]:

@@ -19,14 +19,22 @@ def run(code, cwd, **options):
     return subprocess.run([sys.executable, "-c", text], cwd=cwd, timeout=60, **options)
 
 
-FAILING = """
+START = """
+from types import SimpleNamespace as Made
 from headroom import jobs
+job = Made(log=["log/a.log"], params=Made(code="code", settings={"x": 1}))
+job.resources = Made(failures=%d)
+halvings = jobs.start(job)
+"""
+FAILING = (
+    START
+    + """
 from headroom.errors import InputError
-jobs.start("log/a.log", "code", {"x": 1}, halvings=%d)
 import os; os.write(2, b"from C\\n")
 open("ran", "a").write("x")
 raise InputError("config key a.b is 3: at most 2 is allowed")
 """
+)
 
 
 def test_bad_input_is_one_line_and_is_not_tried_again(tmp_path):
@@ -43,16 +51,30 @@ def test_bad_input_is_one_line_and_is_not_tried_again(tmp_path):
 
 
 def test_other_errors_keep_their_traceback(tmp_path):
-    run(
-        """
-        from headroom import jobs
-        jobs.start("a.log", "code", {})
-        1 / 0
-        """,
-        tmp_path,
-    )
-    log = (tmp_path / "a.log").read_text()
+    run(START % 0 + "1 / 0", tmp_path)
+    log = (tmp_path / "log/a.log").read_text()
     assert "Traceback" in log and log.splitlines()[-1].startswith("headroom: ZeroDivisionError")
+
+
+def test_only_an_attempt_that_died_for_want_of_memory_halves_what_follows(tmp_path):
+    says = START + "print('halvings', halvings, flush=True); "
+
+    def attempt(failures, end):
+        run(says % failures + end, tmp_path)
+        return (tmp_path / "log/a.log").read_text().splitlines()[0]
+
+    killed = "import os; os.kill(os.getpid(), 9)"
+    assert attempt(0, killed) == "halvings 0"
+    assert attempt(1, "raise MemoryError") == "halvings 0", "a kill alone says nothing"
+    assert attempt(2, "raise RuntimeError('CUDA out of memory.')") == "halvings 1"
+    assert attempt(3, killed) == "halvings 2"
+    assert attempt(0, killed) == "halvings 0", "a new run begins anew"
+    note = next((tmp_path / "results/.state/attempts").iterdir())
+    attempts = json.loads(note.read_text())
+    if attempts[-1]["kills"] is not None:
+        attempts[-1]["kills"] -= 1  # the kernel has killed for memory since
+        note.write_text(json.dumps(attempts))
+        assert attempt(1, killed) == "halvings 1"
 
 
 def test_staged_output_appears_whole_or_not_at_all(tmp_path):

@@ -15,7 +15,7 @@ rule train_branch_tokenizer:
     threads: 1
     resources:
         mem_mb=text_memory,
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("train_branch_tokenizer"),
         settings=settings("branches.vocabulary"),
@@ -38,7 +38,7 @@ rule branch_texts:
     threads: 1
     resources:
         mem_mb=text_memory,
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("branch_texts"),
         settings=lambda wildcards: settings(
@@ -69,7 +69,7 @@ rule train_stack:
         mem_mb=stack_memory(training_bytes),
         runtime=config["compute"]["runtime"],
         gpu=config["compute"]["gpus"],
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("train_stack"),
         settings=stack_settings,
@@ -97,7 +97,7 @@ rule evaluate_stack:
         mem_mb=stack_memory(evaluation_bytes),
         runtime=config["compute"]["runtime"],
         gpu=config["compute"]["gpus"],
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("evaluate_stack"),
         settings=settings(
@@ -133,7 +133,7 @@ rule branch_results:
     threads: 1
     resources:
         mem_mb=light_memory,
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("branch_results"),
         settings=ablation_settings,
@@ -169,7 +169,7 @@ rule branch_figures:
     threads: 1
     resources:
         mem_mb=light_memory,
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("branch_figures"),
         settings={},
@@ -197,7 +197,7 @@ rule branch_architectures:
     threads: 1
     resources:
         mem_mb=light_memory,
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("branch_architectures"),
         settings={},

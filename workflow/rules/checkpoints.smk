@@ -26,7 +26,7 @@ rule train_checkpoint:
         mem_mb=memory(0),
         runtime=config["compute"]["runtime"],
         gpu=config["compute"]["gpus"],
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("train_checkpoint"),
         settings=lambda wildcards: settings(
@@ -51,7 +51,7 @@ rule import_checkpoint:
     threads: 1
     resources:
         mem_mb=light_memory,
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("import_checkpoint"),
         settings=lambda wildcards: settings(("checkpoints", wildcards.base)),

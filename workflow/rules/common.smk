@@ -107,8 +107,8 @@ def tokens_of(recipe, corpus, split):
     return f"results/tokens/{base_of(recipe)}/{corpus}/{split}.safetensors"
 
 
-def halvings(wildcards, attempt):
-    """How often a job that is tried again halves its micro-batch before it starts."""
+def failures(wildcards, attempt):
+    """How many attempts of a job failed before this one."""
     return attempt - 1
 
 

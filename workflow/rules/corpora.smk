@@ -20,7 +20,7 @@ rule text_documents:
     threads: 1
     resources:
         mem_mb=light_memory,
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("text_documents"),
         settings=source_settings,
@@ -44,7 +44,7 @@ rule train_tokenizer:
     threads: 1
     resources:
         mem_mb=light_memory,
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("train_tokenizer"),
         settings=lambda wildcards: settings(
@@ -69,7 +69,7 @@ rule tokenize:
     threads: 1
     resources:
         mem_mb=light_memory,
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("tokenize"),
         settings=lambda wildcards: settings(("corpora", wildcards.corpus, "boundary")),

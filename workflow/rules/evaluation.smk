@@ -27,7 +27,7 @@ rule evaluate:
         runtime=config["compute"]["runtime"],
         gpu=config["compute"]["gpus"],
         batch=config["evaluation"]["batch"],
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("evaluate"),
         settings=model_settings(
@@ -58,7 +58,7 @@ rule decode_latency:
         mem_mb=memory(2.5),
         runtime=config["compute"]["runtime"],
         gpu=config["compute"]["gpus"],
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("decode_latency"),
         settings=model_settings("evaluation.latency"),

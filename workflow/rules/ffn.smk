@@ -23,7 +23,7 @@ rule ffn_activations:
         mem_mb=memory(2.5),
         runtime=config["compute"]["runtime"],
         gpu=config["compute"]["gpus"],
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("ffn_activations"),
         settings=model_settings(
@@ -55,7 +55,7 @@ rule ffn_gradients:
         mem_mb=memory(3.5),
         runtime=config["compute"]["runtime"],
         gpu=config["compute"]["gpus"],
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("ffn_gradients"),
         settings=model_settings(
@@ -88,7 +88,7 @@ rule prune_channels:
         mem_mb=memory(5),
         runtime=config["compute"]["runtime"],
         gpu=config["compute"]["gpus"],
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("prune_channels"),
         settings=model_settings(
@@ -133,7 +133,7 @@ rule ffn_sweep:
         runtime=config["compute"]["runtime"],
         gpu=config["compute"]["gpus"],
         batch=config["evaluation"]["batch"],
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("ffn_sweep"),
         settings={
@@ -202,7 +202,7 @@ rule ffn_figures:
     threads: 1
     resources:
         mem_mb=light_memory,
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("ffn_figures"),
         settings=settings("evaluation.bootstrap", "ffn.calibration.seeds"),
@@ -231,7 +231,7 @@ rule plan_figure:
     threads: 1
     resources:
         mem_mb=light_memory,
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("plan_figure"),
         settings={},

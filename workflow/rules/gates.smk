@@ -21,7 +21,7 @@ rule sentence_pairs:
     threads: 1
     resources:
         mem_mb=light_memory,
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("sentence_pairs"),
         settings=pair_settings,
@@ -45,7 +45,7 @@ rule train_pair_tokenizer:
     threads: 1
     resources:
         mem_mb=light_memory,
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("train_pair_tokenizer"),
         settings=lambda wildcards: settings(
@@ -70,7 +70,7 @@ rule tokenize_pairs:
     threads: 1
     resources:
         mem_mb=light_memory,
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("tokenize_pairs"),
         settings=lambda wildcards: settings(
@@ -104,7 +104,7 @@ rule train_translator:
         mem_mb=memory(0),
         runtime=config["compute"]["runtime"],
         gpu=config["compute"]["gpus"],
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("train_translator"),
         settings=lambda wildcards: settings(
@@ -131,7 +131,7 @@ rule import_translator:
     threads: 1
     resources:
         mem_mb=memory(0),
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("import_translator"),
         settings=lambda wildcards: (
@@ -166,7 +166,7 @@ rule head_roles:
         mem_mb=memory(2),
         runtime=config["compute"]["runtime"],
         gpu=config["compute"]["gpus"],
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("head_roles"),
         settings=lambda wildcards: model_settings(
@@ -202,7 +202,7 @@ rule gate_heads:
         mem_mb=memory(6),
         runtime=config["compute"]["runtime"],
         gpu=config["compute"]["gpus"],
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("gate_heads"),
         settings=run_settings,
@@ -233,7 +233,7 @@ rule translate:
         mem_mb=memory(3),
         runtime=config["compute"]["runtime"],
         gpu=config["compute"]["gpus"],
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("translate"),
         settings=translation_settings,
@@ -257,7 +257,7 @@ rule translation_latency:
         mem_mb=memory(3),
         runtime=config["compute"]["runtime"],
         gpu=config["compute"]["gpus"],
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("translation_latency"),
         settings=model_settings("evaluation.translation.latency"),
@@ -288,7 +288,7 @@ rule training_figures:
     threads: 1
     resources:
         mem_mb=light_memory,
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("training_figures"),
         settings={},
@@ -330,7 +330,7 @@ rule run_figures:
     threads: 1
     resources:
         mem_mb=light_memory,
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("run_figures"),
         settings={},
@@ -372,7 +372,7 @@ rule gates_figures:
     threads: 1
     resources:
         mem_mb=light_memory,
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("gates_figures"),
         settings=lambda wildcards: {

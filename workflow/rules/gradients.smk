@@ -20,7 +20,7 @@ rule instruction_pairs:
     threads: 1
     resources:
         mem_mb=light_memory,
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("instruction_pairs"),
         settings=instruction_settings,
@@ -54,7 +54,7 @@ rule paraphrase_pairs:
         timeout=paraphraser_resource("timeout"),
         max_retries=paraphraser_resource("max_retries"),
         gpu=paraphraser_gpus,
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("paraphrase_pairs"),
         settings=paraphraser_settings,
@@ -82,7 +82,7 @@ rule answer_prompts:
         mem_mb=memory(3),
         runtime=config["compute"]["runtime"],
         gpu=config["compute"]["gpus"],
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("answer_prompts"),
         settings=model_settings(
@@ -112,7 +112,7 @@ rule plan_gradients:
     threads: 1
     resources:
         mem_mb=memory(1),
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("plan_gradients"),
         settings=gradient_settings(
@@ -144,7 +144,7 @@ rule gradient_dots:
         held_mb=int(1000 * GRADIENTS["memory_gb"]),
         stored_mb=int(1000 * GRADIENTS["disk_gb"]),
         keep=int(GRADIENTS["keep_features"]),
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("gradient_dots"),
         settings=gradient_settings(),
@@ -168,7 +168,7 @@ rule merge_dots:
     threads: 1
     resources:
         mem_mb=merged_memory,
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("merge_dots"),
         settings={},
@@ -201,7 +201,7 @@ rule gradient_retrieval:
     threads: 1
     resources:
         mem_mb=merged_memory,
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("gradient_retrieval"),
         settings=settings(
@@ -255,7 +255,7 @@ rule gradient_figures:
     threads: 1
     resources:
         mem_mb=light_memory,
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("gradient_figures"),
         settings={},
@@ -292,7 +292,7 @@ rule projection_errors:
         runtime=config["compute"]["runtime"],
         gpu=config["compute"]["gpus"],
         held_mb=int(1000 * GRADIENTS["memory_gb"]),
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("projection_errors"),
         settings=gradient_settings("gradients.compared"),

@@ -23,7 +23,7 @@ rule head_similarity:
         mem_mb=memory(2.5),
         runtime=config["compute"]["runtime"],
         gpu=config["compute"]["gpus"],
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("head_similarity"),
         settings=model_settings(
@@ -47,7 +47,7 @@ rule similar_heads:
     threads: 1
     resources:
         mem_mb=light_memory,
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("similar_heads"),
         settings=settings("heads.thresholds", "heads.quantiles"),
@@ -77,7 +77,7 @@ rule attention_inputs:
         mem_mb=memory(3.5),
         runtime=config["compute"]["runtime"],
         gpu=config["compute"]["gpus"],
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("attention_inputs"),
         settings=model_settings("heads.calibration.window", "heads.calibration.inputs"),
@@ -106,7 +106,7 @@ rule reduce_heads:
         mem_mb=memory(2.5),
         runtime=config["compute"]["runtime"],
         gpu=config["compute"]["gpus"],
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("reduce_heads"),
         settings=model_settings("heads.cross_group", "heads.ridge"),
@@ -139,7 +139,7 @@ rule head_controls:
         runtime=config["compute"]["runtime"],
         gpu=config["compute"]["gpus"],
         batch=config["evaluation"]["batch"],
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("head_controls"),
         settings=lambda wildcards: {
@@ -184,7 +184,7 @@ rule compare_heads:
     threads: 1
     resources:
         mem_mb=light_memory,
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("compare_heads"),
         settings=settings("evaluation.bootstrap"),
@@ -209,7 +209,7 @@ rule similarity_maps:
     threads: 1
     resources:
         mem_mb=light_memory,
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("similarity_maps"),
         settings={},
@@ -241,7 +241,7 @@ rule similarity_distribution:
     threads: 1
     resources:
         mem_mb=light_memory,
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("similarity_distribution"),
         settings=settings("heads.metrics", "heads.thresholds"),
@@ -277,7 +277,7 @@ rule head_figures:
     threads: 1
     resources:
         mem_mb=light_memory,
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("head_figures"),
         settings=lambda wildcards: {"steps": families.steps(config["heads"])},
@@ -300,7 +300,7 @@ rule latency_figure:
     threads: 1
     resources:
         mem_mb=light_memory,
-        halvings=halvings,
+        failures=failures,
     params:
         code=code_digest("latency_figure"),
         settings={},

@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 from headroom import jobs
 
 params = snakemake.params
-jobs.start(snakemake.log[0], params.code, params.settings, snakemake.resources.halvings)
+halvings = jobs.start(snakemake)
 
 from headroom.gradients.answers import write_answers
 
@@ -16,6 +16,6 @@ write_answers(
     checkpoint=snakemake.input.checkpoint,
     prompts=snakemake.input.prompts,
     settings=params.settings,
-    halvings=snakemake.resources.halvings,
+    halvings=halvings,
     output=snakemake.output[0],
 )

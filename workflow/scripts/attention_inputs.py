@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 from headroom import jobs
 
 params = snakemake.params
-jobs.start(snakemake.log[0], params.code, params.settings, snakemake.resources.halvings)
+halvings = jobs.start(snakemake)
 
 from headroom.heads.calibration import store_attention_inputs
 
@@ -16,6 +16,6 @@ store_attention_inputs(
     checkpoint=snakemake.input.checkpoint,
     tokens=snakemake.input.tokens,
     settings=params.settings,
-    halvings=snakemake.resources.halvings,
+    halvings=halvings,
     output=snakemake.output[0],
 )

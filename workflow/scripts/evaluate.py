@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 from headroom import jobs
 
 params = snakemake.params
-jobs.start(snakemake.log[0], params.code, params.settings, snakemake.resources.halvings)
+halvings = jobs.start(snakemake)
 
 from headroom.evaluation.judge import judge
 
@@ -19,7 +19,7 @@ judge(
     seen=snakemake.input.seen,
     names={"recipe": snakemake.wildcards.recipe, "corpus": snakemake.wildcards.corpus},
     settings=params.settings,
-    batch=max(1, snakemake.resources.batch >> snakemake.resources.halvings),
+    batch=max(1, snakemake.resources.batch >> halvings),
     summary_file=snakemake.output.summary,
     documents_file=snakemake.output.documents,
 )

@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 from headroom import jobs
 
 params = snakemake.params
-jobs.start(snakemake.log[0], params.code, params.settings, snakemake.resources.halvings)
+halvings = jobs.start(snakemake)
 
 from headroom.branches.runs import parse_stack
 from headroom.branches.judge import evaluate_stack
@@ -20,5 +20,5 @@ evaluate_stack(
     folder=inputs.stack,
     texts=inputs.texts,
     branches=int(wildcards.branches),
-    halvings=snakemake.resources.halvings,
+    halvings=halvings,
 ).to_parquet(snakemake.output[0], index=False)

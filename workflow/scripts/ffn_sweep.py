@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 from headroom import jobs
 
 params = snakemake.params
-jobs.start(snakemake.log[0], params.code, params.settings, snakemake.resources.halvings)
+halvings = jobs.start(snakemake)
 
 from headroom.checkpoints import write_json
 from headroom.ffn.sweep import sweep
@@ -22,7 +22,7 @@ with jobs.training_state(params.code, params.settings, sorted({*map(str, inputs)
         inputs=inputs,
         settings={**params.settings, "corpus": snakemake.wildcards.corpus},
         batch=resources.batch,
-        halvings=resources.halvings,
+        halvings=halvings,
         held=resources.mem_mb * 1e6 / 2,
         state=state,
     )

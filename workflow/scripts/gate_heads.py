@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 from headroom import jobs
 
 params = snakemake.params
-jobs.start(snakemake.log[0], params.code, params.settings, snakemake.resources.halvings)
+halvings = jobs.start(snakemake)
 
 from contextlib import ExitStack
 
@@ -22,6 +22,5 @@ with ExitStack() as stack:
         jobs.training_state(params.code, identity, sorted(map(str, snakemake.input)))
     )
     outputs = {name: stack.enter_context(jobs.staged(output[name])) for name in names}
-    halvings = snakemake.resources.halvings
     gate_translator(params.settings, step, inputs, outputs, state, halvings)
 jobs.write_provenance(output.provenance, params.code, identity)

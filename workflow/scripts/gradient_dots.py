@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 from headroom import jobs
 
 params = snakemake.params
-jobs.start(snakemake.log[0], params.code, params.settings, snakemake.resources.halvings)
+halvings = jobs.start(snakemake)
 
 from headroom.gradients.families import parse_part
 from headroom.gradients.measure import measure_part
@@ -21,7 +21,7 @@ with jobs.shared_state(params.code, bool(resources.keep)) as folder:
         sets={name: inputs[name] for name in ("originals", "queries")},
         settings={**params.settings, "gradients": {**own, **limits}},
         part=parse_part(snakemake.wildcards.part),
-        halvings=resources.halvings,
+        halvings=halvings,
         features=folder,
         outputs=dict(snakemake.output.items()),
     )

@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 from headroom import jobs
 
 params = snakemake.params
-jobs.start(snakemake.log[0], params.code, params.settings, snakemake.resources.halvings)
+halvings = jobs.start(snakemake)
 
 from headroom.heads.reduce import score_controls
 
@@ -20,6 +20,6 @@ table = score_controls(
     tokens=snakemake.input.tokens,
     settings=params.settings,
     batch=snakemake.resources.batch,
-    halvings=snakemake.resources.halvings,
+    halvings=halvings,
 )
 table.to_parquet(snakemake.output[0], index=False)

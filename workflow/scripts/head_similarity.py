@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 from headroom import jobs
 
 params = snakemake.params
-jobs.start(snakemake.log[0], params.code, params.settings, snakemake.resources.halvings)
+halvings = jobs.start(snakemake)
 
 from headroom.heads.measure import measure_checkpoint
 
@@ -17,6 +17,6 @@ measure_checkpoint(
     tokens=snakemake.input.tokens,
     metric=snakemake.wildcards.metric,
     settings=params.settings,
-    halvings=snakemake.resources.halvings,
+    halvings=halvings,
     output=snakemake.output[0],
 )

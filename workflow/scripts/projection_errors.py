@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 from headroom import jobs
 
 params = snakemake.params
-jobs.start(snakemake.log[0], params.code, params.settings, snakemake.resources.halvings)
+halvings = jobs.start(snakemake)
 
 from headroom.gradients.errors import write_errors
 
@@ -18,6 +18,6 @@ write_errors(
     checkpoint=inputs.checkpoint,
     sets={name: inputs[name] for name in ("originals", "queries")},
     settings={**params.settings, "gradients": {**own, **limits}},
-    halvings=snakemake.resources.halvings,
+    halvings=halvings,
     output=snakemake.output[0],
 )

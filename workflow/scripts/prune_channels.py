@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 from headroom import jobs
 
 params = snakemake.params
-jobs.start(snakemake.log[0], params.code, params.settings, snakemake.resources.halvings)
+halvings = jobs.start(snakemake)
 
 from headroom.ffn.prune import prune_checkpoint
 
@@ -19,7 +19,7 @@ with jobs.staged(output.checkpoint) as folder:
         step=snakemake.wildcards.prune,
         inputs=snakemake.input,
         settings=params.settings,
-        halvings=snakemake.resources.halvings,
+        halvings=halvings,
         output=folder,
         record={"rescue": output.rescue, "report": output.report, "plan": output.plan},
     )

@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 from headroom import jobs
 
 params = snakemake.params
-jobs.start(snakemake.log[0], params.code, params.settings, snakemake.resources.halvings)
+halvings = jobs.start(snakemake)
 
 from headroom.heads.reduce import reduce_checkpoint
 
@@ -19,7 +19,7 @@ with jobs.staged(snakemake.output.checkpoint) as folder:
         similarity=snakemake.input.get("similarity"),
         inputs=snakemake.input.inputs,
         settings=params.settings,
-        halvings=snakemake.resources.halvings,
+        halvings=halvings,
         output=folder,
         log=snakemake.output.log,
     )

@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 from headroom import jobs
 
 params = snakemake.params
-jobs.start(snakemake.log[0], params.code, params.settings, snakemake.resources.halvings)
+halvings = jobs.start(snakemake)
 
 from headroom.language_model import train_language_model
 
@@ -24,6 +24,6 @@ with (
         tokenizer=snakemake.input.tokenizer,
         output=folder,
         state=state,
-        halvings=snakemake.resources.halvings,
+        halvings=halvings,
     )
 jobs.write_provenance(snakemake.output.provenance, params.code, params.settings)

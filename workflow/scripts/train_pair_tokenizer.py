@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 from headroom import jobs
 
 params = snakemake.params
-jobs.start(snakemake.log[0], params.code, params.settings, snakemake.resources.halvings)
+jobs.start(snakemake)
 
 from headroom.corpora.pair_tokens import train_joint_tokenizer
 from headroom.corpora.pairs import read_pairs

@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 from headroom import jobs
 
 params = snakemake.params
-jobs.start(snakemake.log[0], params.code, params.settings, snakemake.resources.halvings)
+halvings = jobs.start(snakemake)
 
 from headroom.branches.runs import parse_stack
 from headroom.branches.pipeline import train_stack
@@ -26,6 +26,6 @@ with (
         tokenizer=inputs.tokenizer,
         output=folder,
         state=state,
-        halvings=snakemake.resources.halvings,
+        halvings=halvings,
     )
 jobs.write_provenance(output.provenance, params.code, identity)
