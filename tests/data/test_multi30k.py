@@ -58,7 +58,7 @@ def captions(tmp_path_factory):
             },
         }
     )
-    workflow.run("--cores", "2", "gates")
+    workflow.run("--cores", "2", "gates", timeout=1800)
     return workflow.folder / "results"
 
 

@@ -136,6 +136,11 @@ SMALL = {
         "greedy": 2,
     },
 }
+# Its gates study without the rest.
+ALONE = {
+    "checkpoints": {},
+    **{name: SMALL[name] for name in ("pairs", "translators", "evaluation", "gates")},
+}
 TARGETS = ("job", "all", "heads", "ffn", "gates", "branches", "gradients")  # no jobs of their own
 
 
@@ -159,11 +164,18 @@ class Workflow:
     def configure(self, config: dict) -> None:
         (self.folder / "config.yaml").write_text(yaml.safe_dump(config))
 
-    def run(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
+    def run(
+        self, *arguments: str, check: bool = True, timeout: int = 600
+    ) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "snakemake", *arguments]
         environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
         result = subprocess.run(
-            command, cwd=self.folder, capture_output=True, text=True, timeout=600, env=environment
+            command,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=environment,
         )
         if check and result.returncode:
             pytest.fail(f"{command} failed:\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}")
@@ -217,7 +229,7 @@ def finished(tmp_path_factory, worker_id) -> Workflow:
             shutil.rmtree(workflow.folder, ignore_errors=True)
             workflow.folder.mkdir()
             copy_project(workflow.folder).configure(SMALL)
-            workflow.run("--cores", "2")
+            workflow.run("--cores", "2", timeout=1800)  # minutes, more on a busy machine
             (shared / "done").touch()
     return workflow
 

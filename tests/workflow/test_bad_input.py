@@ -1,15 +1,21 @@
 """What a user sees of a mistake: one line that names the key, before jobs start where possible."""
 
+import copy
+import functools
 import json
 import re
 
 import pytest
 
-from .conftest import SMALL, changed
+from headroom import experiment
+from headroom.errors import InputError
+
+from .conftest import ALONE, ROOT, SMALL, changed
 
 pytestmark = pytest.mark.workflow
 
 
+alone = functools.partial(changed, config=ALONE)
 BEFORE = {
     "unknown_key": (changed("heads.tyle", 1), "config key heads.tyle is unknown"),
     "ratio": (changed("heads.quantiles", [1.2]), "heads.quantiles.0 is 1.2"),
@@ -67,10 +73,33 @@ BEFORE = {
         "endpoint.key is no name of an environment variable",
     ),
     "typo": (changed("evaluation.recipes", ["tiny+merge-relu-averge-t0.99"]), "method 'averge'"),
+    "gates_price": (
+        alone("gates.lambdas", [-0.1]),
+        "gates.lambdas.0 is -0.1: at least 0 is allowed",
+    ),
+    "gates_heads": (alone("gates.target_heads", [5]), "gates.target_heads: 5 heads, but 4 heads"),
+    "gates_pairs": (alone("translators.phrases.pairs", "wmt"), "wmt is not among pairs (cldr)"),
+    "gates_locale": (alone("pairs.cldr.cldr.locales", ["en", "xx"]), "no locale 'xx'"),
+    "gates_file": (
+        alone("pairs.cldr", {"path": {s: ["gone.en"] for s in ("train", "validation", "test")}}),
+        "there is no file gone.en",
+    ),
+    "gates_nothing": ({"gates": {}}, "config needs checkpoints, translators or"),
 }
 
 
 @pytest.mark.parametrize("case", BEFORE)
+def test_named_in_one_line(case, tmp_path, monkeypatch):
+    config, said = BEFORE[case]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as error:
+        experiment.load(copy.deepcopy(config), ROOT / "workflow/schemas/config.schema.yaml")
+    line = str(error.value)
+    assert said in line and "\n" not in line and "secret" not in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("case", ["unknown_key", "missing_path", "a_key_in_the_configuration"])
 def test_before_any_job(empty, case):
     config, said = BEFORE[case]
     empty.configure(config)

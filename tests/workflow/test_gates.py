@@ -11,14 +11,10 @@ import time
 import pandas as pd
 import pytest
 
-from .conftest import SMALL, changed
+from .conftest import ALONE, SMALL, changed
 
 pytestmark = pytest.mark.workflow
 
-ALONE = {
-    "checkpoints": {},
-    **{name: SMALL[name] for name in ("pairs", "translators", "evaluation", "gates")},
-}
 alone = functools.partial(changed, config=ALONE)
 RUN = "results/gates/phrases/runs/gate-l0.10"
 
@@ -61,29 +57,6 @@ def test_a_run_killed_in_its_midst_ends_with_the_same_numbers(empty, tmp_path_fa
     )
     subprocess.run(command, cwd=whole, check=True, capture_output=True)
     assert results(empty.folder) == results(whole)
-
-
-BEFORE = {
-    "price": (alone("gates.lambdas", [-0.1]), "gates.lambdas.0 is -0.1: at least 0 is allowed"),
-    "heads": (alone("gates.target_heads", [5]), "gates.target_heads: 5 heads, but 4 heads"),
-    "pairs": (alone("translators.phrases.pairs", "wmt"), "wmt is not among pairs (cldr)"),
-    "locale": (alone("pairs.cldr.cldr.locales", ["en", "xx"]), "no locale 'xx'"),
-    "file": (
-        alone("pairs.cldr", {"path": {s: ["gone.en"] for s in ("train", "validation", "test")}}),
-        "there is no file gone.en",
-    ),
-    "nothing": ({"gates": {}}, "config needs checkpoints, translators or"),
-}
-
-
-@pytest.mark.parametrize("case", BEFORE)
-def test_before_any_job(empty, case):
-    config, said = BEFORE[case]
-    empty.configure(config)
-    result = empty.run("--cores", "1", check=False)
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("Using workflow")]
-    assert result.returncode != 0
-    assert len(lines) == 1 and lines[0].startswith("headroom: ") and said in lines[0]
 
 
 def aligned(folder, train, validation=("good morning",), test=("good night",)):

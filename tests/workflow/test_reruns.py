@@ -3,6 +3,7 @@
 import copy
 import os
 import shutil
+from collections import Counter
 
 import pytest
 
@@ -37,48 +38,49 @@ ALL_ABLATIONS = {"branch_results": 2, "branch_figures": 3, "branch_architectures
 HEADS_ABLATION = {"branch_results": 1, "branch_figures": 2, "branch_architectures": 1}
 BRANCH_ABLATION = {"branch_results": 1, "branch_figures": 1}
 READ = {"gradient_retrieval": 1, "gradient_figures": 1}
+# A setting, and the jobs that its change reruns.
 CASES = {
     "partition_added": (
-        changed("gradients.partitions", 3),
+        ("gradients.partitions", 3),
         {"plan_gradients": 1, "gradient_dots": 3, "merge_dots": 1, **READ},
     ),
     "setting_added": (
-        changed("gradients.settings", ["model_generated", "paraphrased"]),
+        ("gradients.settings", ["model_generated", "paraphrased"]),
         {"gradient_dots": 2, "merge_dots": 1, **READ},
     ),
     "backend_added": (
-        changed("gradients.backends", ["two_sided", "auto"]),
+        ("gradients.backends", ["two_sided", "auto"]),
         {"plan_gradients": 1, "gradient_dots": 2, "merge_dots": 1, **READ},
     ),
-    "disk_changes_no_dot_product": (changed("gradients.disk_gb", 0), {"plan_gradients": 1}),
+    "disk_changes_no_dot_product": (("gradients.disk_gb", 0), {"plan_gradients": 1}),
     "ratio_added": (
-        changed("branches.ablations.branch.ratios", [0, 0.5, 1]),
+        ("branches.ablations.branch.ratios", [0, 0.5, 1]),
         {"train_stack": 1, "evaluate_stack": 2, **BRANCH_ABLATION},
     ),
-    "ratio_removed": (changed("branches.ablations.branch.ratios", [1]), BRANCH_ABLATION),
+    "ratio_removed": (("branches.ablations.branch.ratios", [1]), BRANCH_ABLATION),
     "branch_seed_added": (
-        changed("branches.seeds", [0, 1]),
+        ("branches.seeds", [0, 1]),
         {"train_stack": 3, "evaluate_stack": 5, **ALL_ABLATIONS},
     ),
     "branch_count_added": (
-        changed("branches.ablations.branch.evaluation_branches", [1, 2, 4]),
+        ("branches.ablations.branch.evaluation_branches", [1, 2, 4]),
         {"evaluate_stack": 2, **BRANCH_ABLATION},
     ),
-    "a_stack_keeps_its_members": (changed("branches.stack", 1), {}),
+    "a_stack_keeps_its_members": (("branches.stack", 1), {}),
     "rate_of_a_width": (
-        changed("branches.train.learning_rates", {64: 1.0e-3}),
+        ("branches.train.learning_rates", {64: 1.0e-3}),
         {"train_stack": 1, "evaluate_stack": 1, **HEADS_ABLATION},
     ),
     "branch_evaluation_texts": (
-        changed("branches.texts.evaluation", 24),
+        ("branches.texts.evaluation", 24),
         {"branch_texts": 1, "evaluate_stack": 5, **ALL_ABLATIONS},
     ),
     "threshold_added": (
-        changed("heads.thresholds", [0.99, 0.5]),
+        ("heads.thresholds", [0.99, 0.5]),
         {"similar_heads": 2, "similarity_distribution": 1},
     ),
     "metric_added": (
-        changed("heads.metrics", ["relu", "relu_random", "scores"]),
+        ("heads.metrics", ["relu", "relu_random", "scores"]),
         {
             "head_similarity": 1,
             "similar_heads": 1,
@@ -87,7 +89,7 @@ CASES = {
         },
     ),
     "ridge": (
-        changed("heads.ridge", 0.01),
+        ("heads.ridge", 0.01),
         {
             "reduce_heads": MERGES,
             "head_controls": 1,
@@ -99,7 +101,7 @@ CASES = {
         },
     ),
     "bootstrap": (
-        changed("evaluation.bootstrap.resamples", 300),
+        ("evaluation.bootstrap.resamples", 300),
         {
             "evaluate": MERGES + PRUNES + 1,
             "compare_heads": MERGES,
@@ -111,17 +113,17 @@ CASES = {
         },
     ),
     "latency": (
-        changed("evaluation.latency.runs", 4),
+        ("evaluation.latency.runs", 4),
         {"decode_latency": 1, "latency_figure": 1},
     ),
-    "batch_changes_no_number": (changed("evaluation.batch", 2), {}),
-    "memory_changes_no_number": (changed("compute.mem_mb", 1600), {}),
+    "batch_changes_no_number": (("evaluation.batch", 2), {}),
+    "memory_changes_no_number": (("compute.mem_mb", 1600), {}),
     "recipe_added": (
-        changed("evaluation.recipes", ["tiny+merge-relu-average-t0.99+remove-flap-drop-b2x1"]),
+        ("evaluation.recipes", ["tiny+merge-relu-average-t0.99+remove-flap-drop-b2x1"]),
         {"attention_inputs": 1, "reduce_heads": 1, "evaluate": 1},
     ),
     "ffn_ridge": (
-        changed("ffn.ridge", 0.01),
+        ("ffn.ridge", 0.01),
         {
             "ffn_activations": SEEDS,
             "ffn_sweep": SEEDS,
@@ -132,23 +134,23 @@ CASES = {
         },
     ),
     "pruning_ratio_added": (
-        changed("ffn.ratios", [0.5, 0.25]),
+        ("ffn.ratios", [0.5, 0.25]),
         {"ffn_sweep": SEEDS, "ffn_figures": 1},
     ),
     "calibration_seed_added": (
-        changed("ffn.calibration.seeds", [0, 1, 2]),
+        ("ffn.calibration.seeds", [0, 1, 2]),
         {"ffn_activations": 1, "ffn_gradients": 1, "ffn_sweep": 1, "ffn_figures": 1},
     ),
     "price_added": (
-        changed("gates.lambdas", [0.1, 0.2]),
+        ("gates.lambdas", [0.1, 0.2]),
         {"gate_heads": 1, "translate": 1, "run_figures": 1, "gates_figures": 1},
     ),
     "gate_seed_added": (
-        changed("gates.seeds", [0, 1]),
+        ("gates.seeds", [0, 1]),
         {"gate_heads": GATES, "translate": GATES, "run_figures": GATES - 1, "gates_figures": 1},
     ),
     "gate_learning_rate": (
-        changed("gates.gate_learning_rate", 0.1),
+        ("gates.gate_learning_rate", 0.1),
         {
             "gate_heads": GATES,
             "translate": GATES,
@@ -158,7 +160,7 @@ CASES = {
         },
     ),
     "bleu_tokenizer": (
-        changed("pairs.cldr.tokenize", "intl"),
+        ("pairs.cldr.tokenize", "intl"),
         {
             "train_translator": 1,
             "training_figures": 1,
@@ -171,15 +173,37 @@ CASES = {
         },
     ),
     "saved_pruning_added": (
-        changed("ffn.saved", ["prune-flap-ot_mass-r0.50", "prune-flap-ridge-r0.25-s1"]),
+        ("ffn.saved", ["prune-flap-ot_mass-r0.50", "prune-flap-ridge-r0.25-s1"]),
         {"prune_channels": 1, "evaluate": 1},
     ),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_changed_setting_reruns_exactly_its_jobs(copied, case):
-    config, jobs = CASES[case]
+# Sections that only one study reads.
+STUDIES = {"translators": "gates", "pairs": "gates", "instructions": "gradients"}
+
+
+def waves(settings):
+    """Cases to be planned in one run: at most one a study, since studies share no job."""
+    found = []
+    for name, path in settings.items():
+        section = path.split(".")[0]
+        study = STUDIES.get(section, section)
+        alone = study in ("corpora", "checkpoints", "evaluation")
+        wave = next((w for w in found if not alone and study not in w and None not in w), None)
+        if wave is None:
+            found.append(wave := {})
+        wave[None if alone else study] = name
+    return [tuple(wave.values()) for wave in found]
+
+
+@pytest.mark.parametrize("cases", waves({name: c[0][0] for name, c in CASES.items()}), ids="-".join)
+def test_changed_settings_rerun_exactly_their_jobs(copied, cases):
+    config, jobs = SMALL, Counter()
+    for case in cases:
+        setting, own = CASES[case]
+        config = changed(*setting, config=config)
+        jobs.update(own)
     copied.configure(config)
     assert copied.planned() == jobs
 
@@ -317,25 +341,7 @@ RULE_SETTINGS = {
 }
 
 
-# Sections that only one study reads.
-STUDIES = {"translators": "gates", "pairs": "gates", "instructions": "gradients"}
-
-
-def waves():
-    """Rules to be asked about in one run: at most one a study, since studies share no rule."""
-    found = []
-    for rule, (path, _) in RULE_SETTINGS.items():
-        section = path.split(".")[0]
-        study = STUDIES.get(section, section)
-        alone = study in ("corpora", "checkpoints", "evaluation")
-        wave = next((w for w in found if not alone and study not in w and None not in w), None)
-        if wave is None:
-            found.append(wave := {})
-        wave[None if alone else study] = rule
-    return [tuple(wave.values()) for wave in found]
-
-
-@pytest.mark.parametrize("rules", waves(), ids="-".join)
+@pytest.mark.parametrize("rules", waves({r: s[0] for r, s in RULE_SETTINGS.items()}), ids="-".join)
 def test_every_rule_reruns_for_a_setting_of_its_own(copied, rules):
     config = SMALL
     for rule in rules:
