@@ -91,10 +91,12 @@ def model_settings(*keys):
 
 
 def code_digest(script):
-    """A digest of a rule's script and of all of headroom that it imports."""
-    return digest.code_digest(
-        Path(workflow.basedir, "workflow/scripts", f"{script}.py")
-    )
+    """A digest of a rule's script and of all of headroom that it imports, made when asked for.
+
+    On a cluster every job reads all rules twice, and needs the digest of one.
+    """
+    path = Path(workflow.basedir, "workflow/scripts", f"{script}.py")
+    return lambda wildcards: digest.code_digest(path)
 
 
 def base_of(recipe):
@@ -130,6 +132,15 @@ def memory(factor):
         return int(config["compute"]["mem_mb"] + factor * size) * 2 ** (attempt - 1)
 
     return mem_mb
+
+
+def all_threads():
+    """The cores of this machine; on a cluster as many as a job computes with.
+
+    A job's own Snakemake sees its node's cores there, of which only the asked ones are its.
+    """
+    cores = None if workflow.remote_exec else workflow.resource_settings.cores
+    return max(config["compute"]["threads"], cores or 1)
 
 
 def light_memory(wildcards, attempt):

@@ -51,9 +51,8 @@ rule decode_latency:
         "results/benchmarks/decode_latency/{recipe}.jsonl"
     conda:
         "../../envs/torch.yaml"
-    # Alone on the machine, so that no other job of this workflow slows a measurement. A cluster
-    # knows no cores here: then as many as the job computes with.
-    threads: max(config["compute"]["threads"], workflow.resource_settings.cores or 1)
+    # Alone on the machine, so that no other job of this workflow slows a measurement.
+    threads: all_threads()
     resources:
         mem_mb=memory(2.5),
         runtime=config["compute"]["runtime"],

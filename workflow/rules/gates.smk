@@ -252,7 +252,7 @@ rule translation_latency:
         "results/benchmarks/translation_latency/{translator}.jsonl"
     conda:
         "../../envs/torch.yaml"
-    threads: max(config["compute"]["threads"], workflow.resource_settings.cores or 1)
+    threads: all_threads()
     resources:
         mem_mb=memory(3),
         runtime=config["compute"]["runtime"],
