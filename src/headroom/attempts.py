@@ -19,7 +19,7 @@ WORDS = ("can't allocate memory", "out of memory")  # of PyTorch's allocators
 
 
 def begin(note: Path, failures: int) -> int:
-    """Note that an attempt begins and return how many before it died for want of memory.
+    """Note that an attempt begins; say and return how many before it died for want of memory.
 
     Args:
         note: file of the job's attempts.
@@ -32,7 +32,10 @@ def begin(note: Path, failures: int) -> int:
     note.parent.mkdir(parents=True, exist_ok=True)
     own = {"host": platform.node(), "job": _cluster_job(), "kills": _memory_kills()}
     write_json(note, [*before, own])
-    return sum(attempt["memory"] for attempt in before)
+    halvings = sum(attempt["memory"] for attempt in before)
+    if halvings:
+        print(f"attempts that died for want of memory: {halvings} (as many halvings)", flush=True)
+    return halvings
 
 
 def failed(note: Path, error: BaseException) -> None:
@@ -49,15 +52,32 @@ def _cluster_job() -> str | None:
 
 
 def _killed_on_cluster(attempt: dict) -> bool:
-    """Whether SLURM ended a job or one of its steps for its memory."""
+    """Whether SLURM ended a job or one of its steps for its memory.
+
+    Where cgroups enforce the limit, accounting says so. Where SLURM enforces it by looking
+    (``OverMemoryKill``), the job has only FAILED, and its step was cancelled above its limit.
+    """
     if attempt["job"] is None:
         return False
-    command = ["sacct", "-n", "-P", "-o", "State", "-j", attempt["job"]]
+    command = ["sacct", "-n", "-P", "-o", "State,MaxRSS,AllocTRES", "-j", attempt["job"]]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
         return False
-    return "OUT_OF_MEMORY" in found.stdout
+    return any(_over_memory(*row.split("|")) for row in found.stdout.splitlines())
+
+
+def _over_memory(state: str, most: str, allocated: str) -> bool:
+    """Whether a row of sacct's is of what was ended for its memory."""
+    limit = re.search(r"\bmem=([\d.]+[KMGTP]?)", allocated)
+    above = bool(most and limit) and _bytes(most) > _bytes(limit[1])
+    return state == "OUT_OF_MEMORY" or (state.startswith("CANCELLED") and above)
+
+
+def _bytes(size: str) -> float:
+    """Read a size of sacct's: a number and maybe a unit."""
+    number, unit = re.fullmatch(r"([\d.]+)([KMGTP]?)", size).groups()
+    return float(number) * 1024 ** " KMGTP".index(unit or " ")
 
 
 def _killed_on_host(attempt: dict) -> bool:

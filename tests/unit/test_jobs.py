@@ -1,6 +1,7 @@
 """What every job does before and after its work, in real processes."""
 
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from headroom import jobs
+from headroom import attempts, jobs
 
 SRC = Path(__file__).parents[2] / "src"
 
@@ -61,7 +62,10 @@ def test_only_an_attempt_that_died_for_want_of_memory_halves_what_follows(tmp_pa
 
     def attempt(failures, end):
         run(says % failures + end, tmp_path)
-        return (tmp_path / "log/a.log").read_text().splitlines()[0]
+        log = (tmp_path / "log/a.log").read_text()
+        found = re.search(r"^halvings (\d)", log, flags=re.M)[0]
+        assert ("died for want of memory" in log) == (found != "halvings 0")
+        return found
 
     killed = "import os; os.kill(os.getpid(), 9)"
     assert attempt(0, killed) == "halvings 0"
@@ -75,6 +79,33 @@ def test_only_an_attempt_that_died_for_want_of_memory_halves_what_follows(tmp_pa
         attempts[-1]["kills"] -= 1  # the kernel has killed for memory since
         note.write_text(json.dumps(attempts))
         assert attempt(1, killed) == "halvings 1"
+
+
+# What SLURM 22.05 says (State, MaxRSS, AllocTRES): of the job, its batch script, its step.
+ENDS = {
+    "cgroup": ("OUT_OF_MEMORY||mem=300M", "OUT_OF_MEMORY|4255K|mem=300M", True),
+    "watched": ("FAILED||mem=300M", "CANCELLED by 0|349174K|cpu=1,mem=300M,node=1", True),
+    "watched_gigabytes": ("FAILED||mem=1.50G", "CANCELLED by 0|1700M|mem=1.50G", True),
+    "time": ("TIMEOUT||mem=300M", "CANCELLED|214K|mem=300M", False),
+    "node": ("NODE_FAIL||mem=300M", "CANCELLED by 0||mem=300M", False),
+    "error": ("FAILED||mem=300M", "FAILED|290M|mem=300M", False),
+    "unlimited": ("FAILED||mem=300M", "FAILED|900M|mem=300M", False),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_what_slurm_says_of_an_end_decides(name, tmp_path, monkeypatch):
+    *rows, memory = ENDS[name]
+    sacct = tmp_path / "sacct"
+    text = "\n".join(rows)
+    sacct.write_text(f"#!/bin/sh\n[ \"$6\" = 7_2 ] && cat <<'END'\n{text}\nEND\n")
+    sacct.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    note = tmp_path / "note.json"
+    assert attempts.begin(note, 0) == 0
+    assert attempts.begin(note, 1) == memory
 
 
 def test_staged_output_appears_whole_or_not_at_all(tmp_path):
