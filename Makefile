@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test lint unit browser bench verify lock clean
+.PHONY: demo test lint unit browser slurm bench verify lock clean
 
 demo: $(STAMP)  ## the default experiment and its report
 	$(BIN)/snakemake --cores all
@@ -26,10 +26,13 @@ lint: $(STAMP)
 	$(BIN)/snakemake --lint
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest -m "not browser" -n 2
+	$(BIN)/python -m pytest -m "not browser and not slurm" -n 2
 
 browser: $(STAMP)  ## the report in headless Chromium (Debian: chromium chromium-driver)
 	$(BIN)/python -m pytest -m browser
+
+slurm: $(STAMP)  ## the workflow on a private SLURM of two nodes (root on Debian; skipped elsewhere)
+	$(BIN)/python -m pytest -m slurm -rs --durations 0
 
 bench: $(STAMP)  ## speed beside the alternative, in one run
 	$(BIN)/python benchmarks/similarity.py
