@@ -80,9 +80,9 @@ onstart:
 
 
 onsuccess:
-    locks.release(Path(".snakemake"))
-    jobs.remove_states()
+    if locks.alone(Path(".snakemake")):
+        jobs.remove_states()
 
 
 onerror:
-    locks.release(Path(".snakemake"))
+    locks.alone(Path(".snakemake"))

@@ -4,6 +4,7 @@ Heavy imports (torch, transformers) happen inside the functions that need them, 
 that look at a checkpoint need only its configuration.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -300,8 +301,29 @@ def read_json(path: str | Path) -> dict:
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON that is equal for equal values: sorted keys, final newline, no NaN."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]:
+    """Yield a file beside ``path`` that takes its place when the block succeeds.
+
+    Args:
+        path: never half written; its folder is made.
+        durable: whether it must survive a power cut under its name, whole.
+    """
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield part
+        if durable:
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def digest_file(path: Path) -> str:
@@ -341,12 +363,15 @@ def check_manifest(folder: str | os.PathLike, hashes: bool = False) -> None:
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         return
-    for name, entry in json.loads((folder / MANIFEST).read_text()).items():
+    anew = f"make it anew: snakemake --cores all -R {folder}"
+    try:
+        entries = json.loads((folder / MANIFEST).read_text())
+    except ValueError:
+        raise InputError(f"{folder / MANIFEST} is damaged (no JSON); {anew}") from None
+    for name, entry in entries.items():
         path = folder / name
         size = path.stat().st_size if path.is_file() else None
         same = size == entry["bytes"] and (not hashes or digest_file(path) == entry["sha256"])
         if not same:
             found = "missing" if size is None else f"{size} bytes, {entry['bytes']} were written"
-            raise InputError(
-                f"{path} is damaged ({found}); make it anew: snakemake --cores all -R {folder}"
-            )
+            raise InputError(f"{path} is damaged ({found}); {anew}")

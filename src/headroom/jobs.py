@@ -3,8 +3,10 @@
 Scripts call this with plain values, so that nothing here knows Snakemake.
 """
 
+import atexit
 import contextlib
 import ctypes
+import errno
 import fcntl
 import hashlib
 import json
@@ -21,66 +23,137 @@ from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
-from headroom import attempts
+from headroom import attempts, sums
 from headroom.checkpoints import digest_file, write_json
 from headroom.errors import InputError
 
 STATE = Path("results/.state")
 REPEATABLE = ("InputError", "DivergedError")  # errors that the same input brings again
 STARTED = time.monotonic()
+HELD: list = []  # until the process ends: where errors went at first, the lock of its job
+FAILED: list[BaseException] = []  # what ended it
 
 
 def start(job) -> int:
-    """Begin a job: send everything to its log, die with the parent, show errors in one line.
+    """Begin a job: log, lock, errors in one line, inputs and outputs checked, end with the parent.
 
     A failure that would repeat (bad input, NaN loss) is remembered under the fingerprint of code
     and settings; later attempts of the same job say it at once instead of failing again slowly.
 
     Args:
         job: what Snakemake hands a script: ``log``, where file descriptors 1 and 2 both go, C
-            code's output too; ``params.code`` and ``params.settings``, what it computes with;
-            ``resources.failures``, how many attempts failed before this one.
-            ``settings["compute"]["threads"]`` fixes the number of threads, which is part of the
-            last bits of what is computed.
+            code's output too; ``input``, which is compared with what was recorded when it was
+            written, and ``output``, which is recorded when the job ends well; ``params.code`` and
+            ``params.settings``, what it computes with; ``resources.failures``, how many attempts
+            failed before this one. ``settings["compute"]["threads"]`` fixes the number of threads,
+            which is part of the last bits of what is computed.
 
     Returns:
         How often the job is to halve its micro-batch before it starts: once for each attempt that
         died for want of memory.
     """
     log, settings = str(job.log[0]), job.params.settings
+    own = fingerprint(log, job.params.code, settings)
+    memo, note = STATE / "failures" / f"{own}.json", STATE / "attempts" / f"{own}.json"
+    sys.excepthook = lambda kind, error, trace: _report(memo, note, error, trace)
     Path(log).parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    # Appending, so that a twin that still writes there and this job don't overwrite each other.
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    HELD.append(os.dup(2))
     for descriptor in (1, 2):
         os.dup2(file, descriptor)
     die_with_parent()
-    own = fingerprint(log, job.params.code, settings)
-    memo, note = STATE / "failures" / f"{own}.json", STATE / "attempts" / f"{own}.json"
+    _wait_for_twin(STATE / "running" / fingerprint(log))
+    os.ftruncate(file, 0)
     failures = job.resources.failures
     if failures and memo.is_file():
         sys.exit(json.loads(memo.read_text())["message"] + " (the same as before: not tried again)")
     memo.unlink(missing_ok=True)
     halvings = attempts.begin(note, failures)
-    sys.excepthook = lambda kind, error, trace: _report(memo, note, error, trace)
+    _guard(list(job.input), list(job.output))
     threads = settings.get("compute", {}).get("threads", 1)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
     return halvings
 
 
+def _wait_for_twin(path: Path) -> None:
+    """Hold this job's lock until the process ends; before, wait for another process that does.
+
+    A killed Snakemake leaves its cluster jobs alive, and the next run submits them again.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        lock = path.open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            said = f"headroom: waits for the same job of an earlier run ({lock.read().strip()})"
+            print(said, file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(lock.fileno())):
+            break  # else it was taken away as unused while this process waited
+    lock.truncate(0)
+    print(f"process {os.getpid()} on {platform.node()}", file=lock, flush=True)
+    HELD.append(lock)
+
+
+def _guard(inputs: list[str], outputs: list[str]) -> None:
+    """Refuse damaged inputs now, and record the outputs when the process ends well."""
+    sums.check(inputs)
+    sums.forget(outputs)
+    for output in outputs:
+        _remove_abandoned(Path(output))
+    atexit.register(_record, outputs)
+
+
+def _record(outputs: list[str]) -> None:
+    """Record the outputs unless the job failed; what an exit hook raises would go unnoticed."""
+    if FAILED:
+        return
+    try:
+        sums.record(outputs)
+    except BaseException as error:
+        _print(_said(error))
+        os._exit(1)
+
+
+def _said(error: BaseException) -> str:
+    if isinstance(error, InputError):
+        return f"headroom: {error}"
+    if _full(error):
+        where = getattr(error, "filename", None) or Path.cwd() / STATE.parent
+        return f"headroom: the disk of {where} is full: make room and run again"
+    return f"headroom: {type(error).__name__}: {error}"
+
+
+def _full(error: BaseException) -> bool:
+    """Whether a disk or a quota is full; libraries that write by themselves only say so."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    words = [os.strerror(number) for number in full]
+    return getattr(error, "errno", None) in full or any(word in str(error) for word in words)
+
+
+def _print(text: str) -> None:
+    """Print to the log, or where it can't take any more, to where errors went before."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        os.write(HELD[0] if HELD else 2, f"{text}\n".encode())
+
+
 def _report(memo: Path, note: Path, error: BaseException, trace) -> None:
     """Print bad input as one line, anything else with its traceback and one line."""
+    FAILED.append(error)
     repeats = any(base.__name__ in REPEATABLE for base in type(error).__mro__)
-    if not repeats:
-        traceback.print_exception(type(error), error, trace)
-    message = (
-        f"headroom: {error}"
-        if isinstance(error, InputError)
-        else f"headroom: {type(error).__name__}: {error}"
-    )
-    print(message, file=sys.stderr, flush=True)
-    if repeats:
-        write_json(memo, {"message": message})
-    attempts.failed(note, error)
+    if not repeats and not _full(error):
+        _print("".join(traceback.format_exception(type(error), error, trace)))
+    _print(_said(error))
+    with contextlib.suppress(OSError):  # of a full disk, or the attempt hadn't begun
+        if repeats:
+            write_json(memo, {"message": _said(error)})
+        attempts.failed(note, error)
 
 
 def die_with_parent() -> None:
@@ -119,15 +192,19 @@ def staged(output: str | os.PathLike) -> Iterator[Path]:
 
 
 def _remove_abandoned(output: Path) -> None:
-    """Remove the staging folders that killed processes left beside an output.
+    """Remove what killed processes left beside an output: staging folders, files half written.
 
     A living process of this host keeps its own. Numbers of other hosts' processes say nothing
     here, but Snakemake starts one job an output: nobody else works on this one.
     """
-    for folder in output.parent.glob(".*"):
-        found = re.fullmatch(rf"\.{re.escape(output.name)}\.(\d+)", folder.name)
-        if found and not _alive(int(found[1])):
-            shutil.rmtree(folder, ignore_errors=True)
+    for path in output.parent.glob(".*"):
+        found = re.fullmatch(rf"\.{re.escape(output.name)}\.(\d+)", path.name)
+        if not found or _alive(int(found[1])):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _alive(pid: int) -> bool:
@@ -171,7 +248,10 @@ def shared_state(code: str, keep: bool) -> Iterator[Path]:
 
 
 def remove_states() -> None:
-    """Remove the states and remembered failures that no job is using any more."""
+    """Remove the states and remembered failures that no job is using any more.
+
+    Only for a run that is alone here: a job that waits between two attempts holds no lock.
+    """
     for folder in (*(STATE / "training").glob("*"), *(STATE / "features").glob("*")):
         with (folder / "lock").open("w") as lock:
             try:
@@ -179,6 +259,10 @@ def remove_states() -> None:
             except BlockingIOError:
                 continue  # another run is training there
             shutil.rmtree(folder)
+    for path in (STATE / "running").glob("*"):
+        with path.open("a") as lock, contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
     for name in ("failures", "attempts"):
         shutil.rmtree(STATE / name, ignore_errors=True)
 

@@ -1,24 +1,17 @@
-"""Compare the files of checkpoints and records with the hashes in their manifests."""
+"""Compare all results with the hashes that were taken when they were written."""
 
 import sys
 from pathlib import Path
 
-from headroom.checkpoints import MANIFEST, check_manifest
-from headroom.errors import InputError
+from headroom import sums
 
 
 def verify(root: Path) -> list[str]:
-    """Return one line for each damaged folder with a manifest under ``root``."""
-    damaged = []
-    for manifest in sorted(root.rglob(MANIFEST)):
-        try:
-            check_manifest(manifest.parent, hashes=True)
-        except InputError as error:
-            damaged.append(str(error))
-    return damaged
+    """Return one line for each damaged file or folder under ``root`` of which there are hashes."""
+    return sums.damaged(root)
 
 
 if __name__ == "__main__":
     lines = verify(Path(sys.argv[1]))
-    print("\n".join(lines) or "everything with a manifest is as it was written")
+    print("\n".join(lines) or "everything that is recorded is as it was written")
     sys.exit(bool(lines))

@@ -17,7 +17,7 @@ FLOORS = (
     ("experiment", "verify"),
     ("heads", "ffn", "gates", "branches", "gradients"),
     ("evaluation", "training", "language_model", "attention", "corpora"),
-    ("attempts", "jobs", "plotting", "pages", "configuration", "locks"),
+    ("attempts", "jobs", "sums", "plotting", "pages", "configuration", "locks"),
     ("accumulators", "checkpoints", "imports", "recipes", "statistics", "digest", "errors"),
 )
 

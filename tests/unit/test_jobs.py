@@ -25,6 +25,7 @@ from types import SimpleNamespace as Made
 from headroom import jobs
 job = Made(log=["log/a.log"], params=Made(code="code", settings={"x": 1}))
 job.resources = Made(failures=%d)
+job.input, job.output = ["results/in.json"], ["results/out.json", "results/folder"]
 halvings = jobs.start(job)
 """
 FAILING = (

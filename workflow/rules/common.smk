@@ -22,7 +22,6 @@ from headroom.recipes import canonical, parse_recipe, parse_step
 from headroom.recipes import recipe_regex, step_regex, translator_regex
 
 try:
-    locks.remove_stale(Path(".snakemake"))
     config = experiment.load(
         config, Path(workflow.basedir, "workflow/schemas/config.schema.yaml")
     )
@@ -39,6 +38,12 @@ def trained(table):
     """Those of some models that are trained here."""
     return [name for name, source in config[table].items() if "train" in source]
 
+
+# Steps of a run, which executors start as Snakemakes of their own, are inside its locks.
+if "--unlock" in sys.argv:
+    locks.forget(Path(".snakemake"))
+elif workflow.is_main_process and "--report" not in sys.argv:
+    locks.enter(Path(".snakemake"))
 
 RECIPE = recipe_regex(list(config["checkpoints"]))
 TRAINED_TRANSLATORS = either(trained("translators"))

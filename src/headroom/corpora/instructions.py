@@ -6,11 +6,11 @@ carry the same ids in the same order.
 
 import itertools
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from headroom.checkpoints import replacing
 from headroom.corpora import text
 from headroom.corpora.documented import questions
 from headroom.errors import InputError
@@ -123,14 +123,13 @@ def read_samples(path: str | Path) -> list[Sample]:
 
 def write_samples(path: str | Path, samples: Sequence[Sample]) -> None:
     """Write samples as JSONL; the file appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8", errors="replace", newline="\n") as file:
+    with (
+        replacing(path) as part,
+        part.open("w", encoding="utf-8", errors="replace", newline="\n") as file,
+    ):
         for sample in samples:  # files of others may hold lone surrogates, hence errors
             row = json.dumps(sample._asdict(), ensure_ascii=False, sort_keys=True)
             file.write(f"{row}\n")
-    os.replace(partial, path)
 
 
 def _kept(

@@ -1,6 +1,5 @@
 """The job that makes many prunings in memory and scores them on held-out text."""
 
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from headroom.attention import replaced
-from headroom.checkpoints import Overlay
+from headroom.checkpoints import Overlay, replacing
 from headroom.corpora.text import check_unseen
 from headroom.corpora.tokens import Stream, load_stream
 from headroom.evaluation.cost import effective_parameters
@@ -103,9 +102,8 @@ def _done(state: Path, step: str) -> bool:
 def _keep(state: Path, step: str, found: Sequence[pd.DataFrame]) -> None:
     """Write a step's tables, each whole or not at all."""
     for name, table in zip(TABLES, found, strict=True):
-        path = _file(state, step, name)
-        table.to_parquet(path.with_suffix(".part"), index=False)
-        os.replace(path.with_suffix(".part"), path)
+        with replacing(_file(state, step, name)) as part:
+            table.to_parquet(part, index=False)
 
 
 def _kept(state: Path, steps: Sequence[str], table: str) -> pd.DataFrame:

@@ -5,13 +5,13 @@ and all queries; its places are those of the grid that originals are measured in
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from headroom.checkpoints import replacing
 from headroom.errors import InputError
 
 # Between partitions that ran on different machines, or with a halved batch: of a sample's whole
@@ -45,7 +45,6 @@ def write(path: str | Path, dots: Dots) -> None:
     """Write a result; equal results give equal bytes, and nothing half-written has the name."""
     from safetensors.numpy import save_file
 
-    path = Path(path)
     arrays = {
         "dot": np.ascontiguousarray(dots.dot_LQN),
         "query": np.ascontiguousarray(dots.query_LQ, np.float64),
@@ -53,11 +52,9 @@ def write(path: str | Path, dots: Dots) -> None:
     }
     names = ("layers", "sizes", "queries", "originals", "notes")
     values = {name: getattr(dots, name) for name in names}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    # One key: safetensors writes several in an order that differs from process to process.
-    save_file(arrays, partial, metadata={"dots": json.dumps(values, sort_keys=True)})
-    os.replace(partial, path)
+    with replacing(path) as part:
+        # One key: safetensors writes several in an order that differs from process to process.
+        save_file(arrays, part, metadata={"dots": json.dumps(values, sort_keys=True)})
 
 
 def read(path: str | Path) -> Dots:

@@ -1,12 +1,12 @@
 """The study's results as JSON by ids, written query by query: {query: {original: value}}."""
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
+from headroom.checkpoints import replacing
 from headroom.gradients.pairs import Pairs, similarity
 
 INDENT = 4
@@ -68,10 +68,7 @@ def _by_layer(pairs: Pairs, value_L: np.ndarray) -> dict[str, float]:
 
 def _write(path: str | Path, entries: Iterable[tuple[str, dict]]) -> None:
     """Write what ``json.dumps(dict(entries), indent=4)`` would return, one entry at a time."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with replacing(path) as part, part.open("w", encoding="utf-8") as file:
         comma = ""
         file.write("{")
         for name, value in entries:
@@ -79,4 +76,3 @@ def _write(path: str | Path, entries: Iterable[tuple[str, dict]]) -> None:
             file.write(comma + text.removeprefix("{").removesuffix("\n}"))
             comma = ","
         file.write("\n}" if comma else "}")
-    os.replace(partial, path)

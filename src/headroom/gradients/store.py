@@ -6,7 +6,6 @@ complete. Each batch has a lock, so that jobs that need the same ones share the 
 
 import fcntl
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from headroom.checkpoints import replacing
 from headroom.errors import InputError
 from headroom.gradients.features import Features, packed, unpacked
 from headroom.gradients.pairs import block
@@ -55,7 +55,8 @@ class Store:
     def _check(self, identity: dict) -> None:
         path = self.folder / MANIFEST
         if not path.exists():
-            _replace(path, lambda part: part.write_text(json.dumps(identity, sort_keys=True)))
+            with replacing(path, durable=True) as part:
+                part.write_text(json.dumps(identity, sort_keys=True))
             return
         found = json.loads(path.read_text())
         for name in sorted({*found, *identity}):
@@ -103,11 +104,13 @@ class Store:
             if layers or not self._path(number, name).exists():  # some have no gradient
                 self._write(number, name, layers)
         save = {key: tensor.contiguous() for key, tensor in head._asdict().items()}
-        _replace(self._path(number, "head"), lambda part: save_file(save, part))
+        with replacing(self._path(number, "head"), durable=True) as part:
+            save_file(save, part)
 
     def _write(self, number: int, name: str, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
         whole = {key: tensor for tensors in layers.values() for key, tensor in tensors.items()}
-        _replace(self._path(number, name), lambda part: save_file(whole, part))
+        with replacing(self._path(number, name), durable=True) as part:
+            save_file(whole, part)
 
     def head(self, number: int) -> Head:
         """Return what a batch left beside its features."""
@@ -136,11 +139,3 @@ def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
             yield False
             return
         yield True
-
-
-def _replace(path: Path, write) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    write(part)
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
