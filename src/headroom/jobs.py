@@ -29,6 +29,7 @@ from headroom.errors import InputError
 
 STATE = Path("results/.state")
 REPEATABLE = ("InputError", "DivergedError")  # errors that the same input brings again
+PARENT = "HEADROOM_PARENT"  # environment variable: process number of the Snakemake, its namespace
 STARTED = time.monotonic()
 HELD: list = []  # until the process ends: where errors went at first, the lock of its job
 FAILED: list[BaseException] = []  # what ended it
@@ -161,9 +162,28 @@ def die_with_parent() -> None:
 
     A killed Snakemake would otherwise leave jobs alive that the next run starts a second time.
     """
+    if sys.platform != "linux":
+        return
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    # It may have died before this call. Numbers of another container's processes say nothing here.
+    number, _, namespace = os.environ.get(PARENT, "").partition(" ")
+    if namespace == os.readlink("/proc/self/ns/pid") and not _runs(int(number)):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def name_parent() -> None:
+    """Tell the jobs that this process will start who their parent is (Linux)."""
     if sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+        os.environ[PARENT] = f"{os.getpid()} {os.readlink('/proc/self/ns/pid')}"
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process is there and not only waits to be buried (Linux)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def fingerprint(*parts: object) -> str:

@@ -68,11 +68,12 @@ def forget(folder: Path) -> None:
 
 
 def _started(pid: int) -> float | None:
-    """When a process started (its identity beside the number), None if there is none."""
+    """When a process started (its identity beside the number), None if it runs no more."""
     import psutil
 
     try:
-        return psutil.Process(pid).create_time()
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
     except psutil.Error:
         return None
 

@@ -1,7 +1,10 @@
 """What every job does before and after its work, in real processes."""
 
 import json
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -109,6 +112,77 @@ def test_what_slurm_says_of_an_end_decides(name, tmp_path, monkeypatch):
     assert attempts.begin(note, 1) == memory
 
 
+ENDING = (
+    START % 0
+    + """
+import os, pathlib
+pathlib.Path("results/folder").mkdir(parents=True)
+pathlib.Path("results/folder/a").write_text("a")
+pathlib.Path("results/out.json").write_text("{}")
+"""
+)
+
+
+def test_outputs_are_recorded_unless_the_job_fails(tmp_path):
+    records = [tmp_path / "results/.sums" / name for name in ("out.json", "folder")]
+    assert run(ENDING, tmp_path).returncode == 0
+    found = json.loads(records[0].read_text())
+    assert found["bytes"] == 2 and len(found["sha256"]) == 64
+    assert list(json.loads(records[1].read_text())["files"]) == ["a"]
+    for end in ("1 / 0", "os.kill(os.getpid(), 15)", "os.kill(os.getpid(), 9)"):
+        shutil.rmtree(tmp_path / "results/folder", ignore_errors=True)
+        assert run(ENDING + end, tmp_path).returncode != 0
+        assert not any(record.exists() for record in records), end
+
+
+def test_a_record_that_cannot_be_written_fails_the_job(tmp_path):
+    end = "pathlib.Path('results/.sums').write_text('a file, no folder')"
+    assert run(ENDING + end, tmp_path).returncode == 1
+    assert (tmp_path / "log/a.log").read_text().startswith("headroom: FileExistsError: ")
+
+
+def test_a_damaged_input_ends_the_job_with_one_line_and_how_to_go_on(tmp_path):
+    path, record = tmp_path / "results/in.json", tmp_path / "results/.sums/in.json"
+    path.parent.mkdir()
+    path.write_text("")
+    assert run(START % 0, tmp_path).returncode == 0, "what has no record is accepted"
+    record.parent.mkdir(exist_ok=True)
+    record.write_text('{"bytes": 1234, "sha256": ""}')
+    assert run(START % 0, tmp_path).returncode == 1
+    assert (tmp_path / "log/a.log").read_text() == (
+        "headroom: results/in.json is damaged: 0 bytes, 1234 were written; delete results/in.json "
+        "and run again, it is made anew (if it was replaced on purpose, delete "
+        "results/.sums/in.json instead)\n"
+    )
+
+
+def test_a_job_waits_for_its_twin_of_an_earlier_run(tmp_path):
+    text = f"import sys; sys.path.insert(0, {str(SRC)!r})\n" + START % 0
+    twin = subprocess.Popen(
+        [sys.executable, "-c", text + "open('began', 'w'); input(); print('twin ends')"],
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+    )
+    until((tmp_path / "began").exists)
+    code = text + "open('second', 'w')"
+    second = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    log = tmp_path / "log/a.log"
+    until(
+        lambda: f"waits for the same job of an earlier run (process {twin.pid}" in log.read_text()
+    )
+    assert not (tmp_path / "second").exists()
+    twin.communicate(b"\n")
+    assert second.wait(60) == 0 and (tmp_path / "second").exists()
+    assert log.read_text() == "", "its log is its own"
+
+
+def until(reached):
+    end = time.monotonic() + 60
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def test_staged_output_appears_whole_or_not_at_all(tmp_path):
     output = tmp_path / "out"
     output.mkdir()
@@ -186,3 +260,17 @@ def test_a_job_dies_with_its_parent(tmp_path):
             return
         time.sleep(0.05)
     pytest.fail("the orphan lives")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent death signal is Linux")
+def test_a_job_that_starts_after_its_parent_died_ends_at_once(tmp_path, monkeypatch):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    namespace = os.readlink("/proc/self/ns/pid")
+    for value, status in (
+        (f"{dead.pid} {namespace}", -signal.SIGTERM),
+        (f"{os.getpid()} {namespace}", 0),
+        (f"{dead.pid} pid:[1]", 0),
+    ):
+        monkeypatch.setenv(jobs.PARENT, value)
+        assert run(START % 0, tmp_path).returncode == status

@@ -157,32 +157,6 @@ def test_targets_plan(empty, target):
     empty.run("-n", target)
 
 
-def test_a_lock_of_a_dead_run_goes_by_itself_and_a_living_one_stays(copied):
-    locks, holders = copied.folder / ".snakemake/locks", copied.folder / ".snakemake/holders"
-    holders.mkdir(exist_ok=True)
-    import socket
-
-    host = socket.gethostname()
-    target = (copied.folder / "results/latency/tiny.json").resolve()
-    target.unlink()
-
-    def lock(pid, started):
-        locks.mkdir(exist_ok=True)
-        (locks / "0.output.lock").write_text("results/latency/tiny.json\n")
-        note = {"host": host, "pid": pid, "started": started}
-        (holders / f"{host}.{pid}.json").write_text(json.dumps(note))
-
-    import psutil
-
-    lock(os.getpid(), psutil.Process(os.getpid()).create_time())
-    refused = copied.run("--cores", "1", "results/latency/tiny.json", check=False)
-    assert refused.returncode != 0 and "lock" in (refused.stdout + refused.stderr).lower()
-    (holders / f"{host}.{os.getpid()}.json").unlink()
-    lock(2**22 - 3, 1.0)
-    copied.run("--cores", "1", "results/latency/tiny.json")
-    assert target.exists()
-
-
 def test_merging_a_merged_checkpoint(copied):
     recipe = "tiny+merge-error-refit-b2x1+merge-relu-aligned-q0.50+remove-flap-refit-b1x1"
     target = f"results/evaluations/{recipe}/docs.json"

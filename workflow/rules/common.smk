@@ -39,6 +39,7 @@ def trained(table):
     return [name for name, source in config[table].items() if "train" in source]
 
 
+jobs.name_parent()
 # Steps of a run, which executors start as Snakemakes of their own, are inside its locks.
 if "--unlock" in sys.argv:
     locks.forget(Path(".snakemake"))
