@@ -6,11 +6,27 @@ so this goes over jsonschema by itself. Nothing here imports torch.
 
 import copy
 import difflib
+import itertools
+import math
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import yaml
 
-from headroom.errors import InputError
+from headroom.errors import SHOWN, InputError, shown
+
+DEPTH = 16  # of keys in keys; the schema has 9
+VALUES = 100_000  # that a configuration may hold: YAML's references multiply like rabbits
+KINDS = {  # what YAML and JSON call a value, in words
+    "string": "text",
+    "number": "a number",
+    "integer": "a whole number",
+    "boolean": "true or false",
+    "array": "a list",
+    "object": "keys and values",
+    "null": "null",
+}
 
 
 def load_schema(path: Path) -> dict:
@@ -30,16 +46,65 @@ def _resolved(node: object, definitions: dict) -> object:
     return {key: _resolved(value, definitions) for key, value in node.items() if key != "$defs"}
 
 
+def plain(config: object) -> dict:
+    """Return a copy of what was read from YAML or JSON, in which nothing is shared.
+
+    Raises:
+        InputError: for what no key can mean: not a number, dates, addresses with passwords, what is
+            nested without end.
+    """
+    if not isinstance(config, dict):
+        raise InputError(f"the configuration is {shown(config)} (allowed: keys and values)")
+    return _plain(config, (), itertools.count())
+
+
+def _plain(value: object, path: tuple, counted: Iterator[int]) -> object:
+    if len(path) > DEPTH or next(counted) > VALUES:
+        raise InputError(
+            f"config key {_place(path[:4])}… is nested without end or holds too much (allowed: "
+            f"{DEPTH} levels, {VALUES} values)"
+        )
+    if isinstance(value, dict):
+        return {key: _plain(part, (*path, key), counted) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part, (*path, place), counted) for place, part in enumerate(value)]
+    if reason := _unusable(value):
+        raise InputError(f"config key {_place(path)} {reason}")
+    return value
+
+
+def _unusable(value: object) -> str:
+    """Why no key can have a value, without the value where it may be a secret; "" if one can."""
+    if value is None or isinstance(value, bool | int):
+        return ""
+    if isinstance(value, float):
+        allowed = "" if math.isfinite(value) else "allowed: a finite number"
+        return allowed and f"is {value} ({allowed})"
+    if not isinstance(value, str):
+        kind = type(value).__name__
+        return f"is a {kind}, as YAML reads it (allowed: quotes around it where text is meant)"
+    if re.search(r"://[^/\s]*@", value):
+        return (
+            "holds an address with a user or password, which would stand in results (allowed: an "
+            "address without; tokens and keys come from environment variables)"
+        )
+    if re.search("[\0\ud800-\udfff]", value):
+        return "holds a NUL or half a character (allowed: text)"
+    return ""
+
+
+def _place(path: Iterable) -> str:
+    return ".".join(str(key)[:SHOWN] for key in path) or "(top level)"
+
+
 def filled(config: dict, schema: dict) -> dict:
     """Return a copy of the configuration with defaults filled in and every key checked.
 
     Raises:
         InputError: naming the key, what was given and what is allowed.
     """
-    from jsonschema import Draft202012Validator
-
-    result = _with_defaults(copy.deepcopy(config), schema)
-    errors = list(Draft202012Validator(schema).iter_errors(result))
+    result = _with_defaults(plain(config), schema)
+    errors = list(_validator()(schema).iter_errors(result))
     if errors:
         raise InputError(
             _message(min(errors, key=lambda error: (len(error.path), str(error.path))))
@@ -64,25 +129,53 @@ def _with_defaults(value: object, schema: dict) -> object:
     return value
 
 
+def _validator():
+    """Return a validator to which 2.0 is no whole number: it would stand in names of files."""
+    from jsonschema import Draft202012Validator
+    from jsonschema.validators import extend
+
+    types = Draft202012Validator.TYPE_CHECKER.redefine(
+        "integer", lambda _, value: isinstance(value, int) and not isinstance(value, bool)
+    )
+    return extend(Draft202012Validator, type_checker=types)
+
+
 def _message(error) -> str:
-    key = ".".join(map(str, error.path)) or "(top level)"
-    if error.validator == "additionalProperties":
+    key, rule = _place(error.path), error.validator
+    if "propertyNames" in error.schema_path:
+        said = error.schema.get("description") or _allowed(error)
+        return f"config key {key}: {shown(error.instance)} can't be a name there (allowed: {said})"
+    if rule == "additionalProperties":
         known = sorted(error.schema.get("properties", {}))
         unknown = sorted(set(error.instance) - set(known), key=str)[0]
         near = difflib.get_close_matches(str(unknown), known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        place = ".".join([*map(str, error.path), str(unknown)])
+        place = _place([*error.path, unknown])
         return f"config key {place} is unknown{hint} (allowed: {', '.join(known)})"
-    if error.validator == "required":
+    if rule == "required":
         missing = sorted(set(error.validator_value) - set(error.instance))[0]
         return f"config key {key} lacks {missing}: {_describe(error.schema, missing)}"
-    if error.validator in ("oneOf", "anyOf") and isinstance(error.instance, dict):
-        choices = [part["required"][0] for part in error.validator_value if "required" in part]
+    choices = _choices(error)
+    if choices and isinstance(error.instance, dict):
         given = sorted(set(choices) & set(error.instance))
         return (
             f"config key {key} needs exactly one of {', '.join(choices)}; it has {given or 'none'}"
         )
-    return f"config key {key} is {error.instance!r}: {_allowed(error)}"
+    return f"config key {key} is {shown(error.instance)}: {_allowed(error)}"
+
+
+def _choices(error) -> list[str]:
+    """The keys of which exactly one is wanted, where that is what was not met."""
+    if error.validator in ("oneOf", "anyOf"):
+        parts = error.validator_value
+        return [part["required"][0] for part in parts] if all(map(_only_requires, parts)) else []
+    if error.validator in ("minProperties", "maxProperties"):
+        return list(error.schema.get("properties", {}))
+    return []
+
+
+def _only_requires(part: dict) -> bool:
+    return list(part) == ["required"]
 
 
 def _describe(schema: dict, name: str) -> str:
@@ -91,19 +184,31 @@ def _describe(schema: dict, name: str) -> str:
 
 def _allowed(error) -> str:
     rule, limit = error.validator, error.validator_value
-    words = {
-        "enum": "allowed: " + ", ".join(map(str, limit)) if rule == "enum" else "",
-        "minimum": f"at least {limit} is allowed",
-        "maximum": f"at most {limit} is allowed",
-        "exclusiveMinimum": f"it must be above {limit}",
-        "exclusiveMaximum": f"it must be below {limit}",
-        "pattern": f"it must match {limit}",
-        "type": f"it must be {limit}",
-        "minItems": f"at least {limit} entries are needed",
-        "minProperties": f"at least {limit} entries are needed",
-    }
-    said = words.get(rule) or error.message
-    if rule == "type" and isinstance(error.instance, str) and "number" in str(limit):
-        said += " (YAML reads 3e-4 as a string: write 3.0e-4)"
     described = error.schema.get("description")
+    words = {
+        "enum": lambda: "allowed: " + ", ".join(map(str, limit)),
+        "minimum": lambda: f"at least {limit} is allowed",
+        "maximum": lambda: f"at most {limit} is allowed",
+        "exclusiveMinimum": lambda: f"it must be above {limit}",
+        "exclusiveMaximum": lambda: f"it must be below {limit}",
+        "pattern": lambda: f"it must match {limit}",
+        "type": lambda: _kinds(limit, error.instance),
+        "minItems": lambda: f"at least {limit} entries are needed",
+        "maxItems": lambda: f"at most {limit} entries are allowed",
+        "minProperties": lambda: f"at least {limit} entries are needed",
+        "maxLength": lambda: f"at most {limit} characters are allowed",
+        "uniqueItems": lambda: "each entry is allowed once",
+    }
+    said = words[rule]() if rule in words else "that is not allowed"
     return f"{said} ({described})" if described else said
+
+
+def _kinds(kinds: str | list[str], value: object) -> str:
+    """What kind of value is wanted, and why YAML may have read another than was meant."""
+    wanted = [kinds] if isinstance(kinds, str) else kinds
+    said = "it must be " + " or ".join(KINDS[kind] for kind in wanted)
+    if isinstance(value, str) and {"number", "integer"} & set(wanted):
+        return f"{said} (YAML reads 3e-4 and 0,05 as text: write 3.0e-4 and 0.05)"
+    if isinstance(value, bool) and "string" in wanted:
+        return f"{said} (YAML reads yes, no, on and off as true or false: put text in quotes)"
+    return said

@@ -15,16 +15,18 @@ from typing import ClassVar
 from headroom.digest import registry_names
 from headroom.errors import InputError
 
-BASE = r"[a-z0-9](?:[a-z0-9_.]|-(?![a-z]+-))*"
+BASE = r"[a-z0-9][a-z0-9_.]*(?:-[a-z0-9_.]+)*"  # as the schema has it
+NUMBER = r"(?:0|[1-9][0-9]*)"
 METRICS = registry_names("headroom.heads.similarity", "METRICS")
 WITH_SINK = registry_names("headroom.heads.similarity", "METRICS", flag="sink")
 CRITERIA = (*METRICS, *(f"{metric}_nosink" for metric in WITH_SINK), "error")
 METHODS = ("average", "aligned", "refit")
 SCORES = registry_names("headroom.heads.importance", "SCORES")
-THRESHOLD, QUANTILE = r"t[01]\.\d+", r"q0\.\d+"
-BUDGET = r"b(?:[1-9]\d*x[1-9]\d*|0\.\d+)"
-CONTROL = r"random\d+|dissimilar"
-SEED = r"s\d+"
+# Never \d, which means the digits of all scripts: they would be second names of the same thing.
+THRESHOLD, QUANTILE = r"t[01]\.[0-9]+", r"q0\.[0-9]+"
+BUDGET = r"b(?:[1-9][0-9]*x[1-9][0-9]*|0\.[0-9]+)"
+CONTROL = rf"random{NUMBER}|dissimilar"
+SEED = r"s[0-9]+"
 CHANNEL_SCORES = registry_names("headroom.ffn.importance", "SCORES")
 GRADIENT_SCORES = registry_names("headroom.ffn.importance", "GRADIENT_SCORES")
 REFITS = registry_names("headroom.ffn.fusion", "START")
@@ -57,6 +59,21 @@ def canonical(value: float) -> str:
     text = f"{float(value):.6f}".rstrip("0")
     whole, _, decimals = text.partition(".")
     return f"{whole}.{decimals:0<2}"
+
+
+def exact(value: float) -> str:
+    """Return the one spelling of a number that it says whole.
+
+    Raises:
+        InputError: if it has more decimals than a name holds: another number would be meant.
+    """
+    text = canonical(value)
+    if float(text) != value:
+        raise InputError(
+            f"{value} has more than six decimals (allowed: at most six, because it is part of file "
+            f"names)"
+        )
+    return text
 
 
 @dataclass(frozen=True)
@@ -114,7 +131,7 @@ class Prune:
     pattern: ClassVar[dict[str, str]] = {
         "score": "|".join((*CHANNEL_SCORES, *GRADIENT_SCORES)),
         "fusion": "|".join(FUSIONS),
-        "ratio": r"[rga][01]\.\d+",
+        "ratio": r"[rga][01]\.[0-9]+",
         "strategy": (
             f"{'|'.join(STRATEGIES)}|"
             f"(?:{'|'.join(DISTRIBUTIONS)})_to_(?:{'|'.join(DISTRIBUTIONS)}|pushforward)"
@@ -178,7 +195,7 @@ class Gate:
     """
 
     verb: ClassVar[str] = "gate"
-    pattern: ClassVar[dict[str, str]] = {"strength": r"l\d+\.\d+|k\d+", "seed": SEED}
+    pattern: ClassVar[dict[str, str]] = {"strength": r"l[0-9]+\.[0-9]+|k[0-9]+", "seed": SEED}
     defaults: ClassVar[dict[str, str]] = {"seed": "s0"}
     strength: str
     seed: str = ""
@@ -203,7 +220,7 @@ class Mask:
     verb: ClassVar[str] = "mask"
     pattern: ClassVar[dict[str, str]] = {
         "choice": "|".join(HEAD_CHOICES),
-        "count": r"k\d+",
+        "count": r"k[0-9]+",
         "seed": SEED,
     }
     defaults: ClassVar[dict[str, str]] = {"seed": "s0"}
@@ -225,7 +242,7 @@ def _check_seed(step: "Step") -> None:
     text = format_step(step)
     if step.seed == step.defaults["seed"]:
         raise InputError(f"recipe step {text!r}: leave out the default seed {step.seed}")
-    if re.fullmatch(r"s0\d+", step.seed):
+    if re.fullmatch(r"s0[0-9]+", step.seed):
         raise InputError(f"recipe step {text!r}: write s{int(step.seed[1:])}")
 
 
@@ -282,12 +299,18 @@ def recipe_regex(bases: list[str]) -> str:
     return rf"(?:{base})(?:\+(?:{steps}))*"
 
 
+def _check_length(place: str, name: str) -> None:
+    if len(name.encode("utf-8", "surrogatepass")) > NAME_BYTES:
+        raise InputError(f"{place}: longer than {NAME_BYTES} bytes; use fewer steps")
+
+
 def parse_step(text: str) -> Step:
     """Parse one step.
 
     Raises:
         InputError: naming the argument that is wrong and what is allowed.
     """
+    _check_length(f"recipe step {text[:20]!r}…", text)
     verb, *arguments = text.split("-")
     if verb not in ALL_STEPS:
         allowed = ", ".join(sorted(ALL_STEPS))
@@ -328,7 +351,9 @@ def _assigned(kind: type[Step], arguments: list[str], text: str) -> dict[str, st
 
 def _check_number(name: str, value: str, text: str) -> None:
     """Refuse a second spelling of a number and shares above 1."""
-    number = re.fullmatch(r"([tqbrgal])(\d+\.\d+)", value) or re.fullmatch(r"(k)(\d+)", value)
+    number = re.fullmatch(r"([tqbrgal])([0-9]+\.[0-9]+)", value) or re.fullmatch(
+        r"(k)([0-9]+)", value
+    )
     if not number:
         return
     shape = str(int(number[2])) if number[1] == "k" else canonical(float(number[2]))
@@ -350,8 +375,7 @@ def parse_recipe(name: str) -> Recipe:
         raise InputError(
             f"recipe {name!r}: base {base!r} is not a name (letters a-z, digits, '_', '.', '-')"
         )
-    if len(name.encode()) > NAME_BYTES:
-        raise InputError(f"recipe {name!r}: longer than {NAME_BYTES} bytes; use fewer steps")
+    _check_length(f"recipe {name!r}", name)
     parsed = tuple(map(parse_step, steps))
     if len(parsed) > 1 and any(step.verb in TRANSLATOR_STEPS for step in parsed):
         raise InputError(

@@ -14,7 +14,7 @@ from headroom.recipes import (
     REFITS,
     Prune,
     Step,
-    canonical,
+    exact,
     format_step,
     parse_step,
 )
@@ -38,14 +38,18 @@ def check(settings: dict) -> None:
         except InputError as error:
             raise InputError(f"config key ffn.prunes.{number}: {error}") from None
     for step in settings["saved"]:
-        if not isinstance(parse_step(step), Prune):
+        try:
+            parsed = parse_step(step)
+        except InputError as error:
+            raise InputError(f"config key ffn.saved: {error}") from None
+        if not isinstance(parsed, Prune):
             raise InputError(f"config key ffn.saved: {step} is no prune step")
 
 
 def _family(family: dict, ratios: list[float]) -> list[str]:
     """The steps of one family, without seeds; what transports nothing has no strategies."""
     selections = [
-        f"{ALLOCATIONS[kind]}{canonical(ratio)}"
+        f"{ALLOCATIONS[kind]}{exact(ratio)}"
         for kind, ratio in product(family["allocations"], family.get("ratios", ratios))
     ]
     found = []

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from headroom.errors import InputError
-from headroom.recipes import HEAD_CHOICES, PENALTIES, Gate, Mask, canonical, format_step
+from headroom.recipes import HEAD_CHOICES, PENALTIES, Gate, Mask, canonical, exact, format_step
 
 
 def steps(gates: Mapping, trained: bool = True) -> list[str]:
@@ -53,11 +53,10 @@ def check(gates: Mapping) -> None:
             "are chosen (allowed: all, encoder)"
         )
     for value in gates["lambdas"]:
-        if float(canonical(value)) != float(value):
-            raise InputError(
-                f"config key gates.lambdas: {value} has more than six decimals (allowed: at most "
-                f"six, because λ is part of file names)"
-            )
+        try:
+            exact(value)
+        except InputError as error:
+            raise InputError(f"config key gates.lambdas: {error}") from None
 
 
 def check_translator(name: str, gates: Mapping | None, config: Mapping) -> None:

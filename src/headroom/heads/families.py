@@ -9,18 +9,17 @@ from itertools import product
 from headroom.checkpoints import Geometry
 from headroom.errors import InputError
 from headroom.recipes import (
+    CONTROL,
     CRITERIA,
     METRICS,
     SCORES,
     Merge,
     Remove,
     Step,
-    canonical,
+    exact,
     format_step,
     parse_step,
 )
-
-RANDOM = re.compile(r"random\d+")
 
 
 def check(settings: dict) -> None:
@@ -42,16 +41,20 @@ def check(settings: dict) -> None:
                 f"(allowed: {', '.join(CRITERIA)})"
             )
         _check_controls(key, family)
-        if not _selections(family):
+        try:
+            chosen = _selections(family)
+            for step in _family(family):
+                parse_step(step)
+        except InputError as error:
+            raise InputError(f"config key {key}: {error}") from None
+        if not chosen:
             raise InputError(f"config key {key} needs thresholds, quantiles or budgets")
-        for step in _family(family):
-            parse_step(step)
 
 
 def _check_controls(key: str, family: dict) -> None:
     """Refuse controls that don't exist, and those that can't be made for the family's merges."""
     for name in family["controls"]:
-        known = RANDOM.fullmatch(name) or name == "dissimilar" or name in SCORES
+        known = re.fullmatch(CONTROL, name) or name in SCORES
         if not known:
             raise InputError(
                 f"config key {key}.controls: {name} is unknown (allowed: random0, random1, …, "
@@ -73,7 +76,7 @@ def _check_controls(key: str, family: dict) -> None:
 def selection(kind: str, value: float | str) -> str:
     """Return how a threshold, a quantile or a budget is written in a recipe."""
     prefix = {"thresholds": "t", "quantiles": "q", "budgets": "b"}[kind]
-    return prefix + (value if isinstance(value, str) else canonical(value))
+    return prefix + (value if isinstance(value, str) else exact(value))
 
 
 def _selections(family: dict) -> list[str]:
