@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+SIZES = ("num_attention_heads", "hidden_size", "num_hidden_layers", "vocab_size")
 POSITIONS = 512  # that a model trained here takes, or its training window where that is longer
 MANIFEST = "manifest.json"
 INDEX = "model.safetensors.index.json"
@@ -71,7 +72,7 @@ def read_config(checkpoint: str | os.PathLike) -> dict:
         raise InputError(
             f"checkpoint {checkpoint}: there is no config.json (a transformers folder)"
         )
-    return json.loads(path.read_text())
+    return read_object(path)
 
 
 def geometry(config: dict, name: str = "checkpoint") -> Geometry:
@@ -92,6 +93,9 @@ def geometry(config: dict, name: str = "checkpoint") -> Geometry:
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise InputError(f"{name}: partial_rotary_factor {partial} is not served (allowed: 1.0)")
+    for size in SIZES:
+        if not isinstance(config.get(size), int) or config[size] < 1:
+            raise InputError(f"{name}: {size} is {config.get(size)!r} (allowed: a whole number)")
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     groups = config.get("num_key_value_heads") or heads
     if heads % groups:
@@ -209,19 +213,36 @@ class Tensors:
         return found
 
 
-def read_index(folder: Path) -> dict[str, str]:
+def read_index(folder: Path, index: str = INDEX, ending: str = ".safetensors") -> dict[str, str]:
     """Return the shard of each tensor by a checkpoint's index.
 
     Raises:
         InputError: for a shard that is no plain file name: it could lie, or be written, anywhere.
     """
-    found = json.loads((folder / INDEX).read_text())["weight_map"]
-    for shard in sorted(set(found.values())):
-        if not re.fullmatch(r"[^/\\]+\.safetensors", shard):
+    found = read_object(folder / index).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise InputError(f"{folder / index} has no weight_map (allowed: shards by tensor)")
+    for shard in sorted(set(found.values()), key=str):
+        if not re.fullmatch(rf"[^/\\]+{re.escape(ending)}", str(shard)):
             raise InputError(
-                f"{folder / INDEX} names the shard {shard!r} (allowed: names of .safetensors files "
-                f"in the same folder)"
+                f"{folder / index} names the shard {shard!r} (allowed: names of {ending} files in "
+                f"the same folder)"
             )
+    return found
+
+
+def read_object(path: Path) -> dict:
+    """Return the object in a JSON file of others.
+
+    Raises:
+        InputError: if it holds none.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is no JSON object")
     return found
 
 

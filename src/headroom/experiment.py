@@ -18,6 +18,7 @@ from headroom.ffn import families as ffn_families
 from headroom.gates import families as gate_families
 from headroom.gradients import families as gradient_families
 from headroom.heads import families
+from headroom.imports import check_folder
 from headroom.recipes import TRANSLATOR_STEPS, Recipe, format_step, parse_recipe
 
 STUDIES = ("heads", "ffn")  # those that are made of a checkpoint and calibration text
@@ -129,6 +130,8 @@ def _complete_instructions(config: dict) -> None:
         if "path" in source["paraphraser"].get("model", {}):
             own_model = source["paraphraser"]["model"]
             own_model["path"] = str(Path(own_model["path"]).expanduser())
+            if Path(own_model["path"]).is_dir():
+                check_folder(Path(own_model["path"]), None, f"{key}.paraphraser.model")
     bases = {recipe.split("+")[0] for recipe in own["checkpoints"]} & set(config["checkpoints"])
     known = {name: _positions(name, config) for name in sorted(bases)}
     limits = {name: limit for name, limit in known.items() if limit is not None}
@@ -180,6 +183,7 @@ def _check_translator(name: str, source: dict, gates: dict | None) -> None:
             raise InputError(f"config key translators.{name}.path: there is no folder {folder}")
         if not (folder / "config.json").is_file():
             raise InputError(f"config key translators.{name}.path: {folder} has no config.json")
+        check_folder(folder, source, f"translators.{name}")
         source["path"], known = str(folder), read_config(folder)
     else:
         return  # what a hub holds is known in the job that fetches it
@@ -201,6 +205,7 @@ def _check_base(name: str, source: dict, config: dict) -> None:
         folder = Path(source["path"]).expanduser()
         if not folder.is_dir():
             raise InputError(f"config key checkpoints.{name}.path: there is no folder {folder}")
+        check_folder(folder, source, f"checkpoints.{name}")
         config_of = read_config(folder)
         if name in _reduced(config):
             geometry(config_of, f"config key checkpoints.{name}")
@@ -274,7 +279,8 @@ def _positions(name: str, config: dict) -> int | None:
     if "train" in source:
         return max(POSITIONS, source["train"]["window"])
     if "path" in source:
-        return read_config(source["path"]).get("max_position_embeddings")
+        found = read_config(source["path"]).get("max_position_embeddings")
+        return found if isinstance(found, int) else None
     return None
 
 

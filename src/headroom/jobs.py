@@ -25,7 +25,7 @@ from pathlib import Path
 
 from headroom import attempts, sums
 from headroom.checkpoints import digest_file, write_json
-from headroom.errors import InputError
+from headroom.errors import InputError, redacted
 
 STATE = Path("results/.state")
 REPEATABLE = ("InputError", "DivergedError")  # errors that the same input brings again
@@ -126,7 +126,7 @@ def _said(error: BaseException) -> str:
     if _full(error):
         where = getattr(error, "filename", None) or Path.cwd() / STATE.parent
         return f"headroom: the disk of {where} is full: make room and run again"
-    return f"headroom: {type(error).__name__}: {error}"
+    return redacted(f"headroom: {type(error).__name__}: {error}")
 
 
 def _full(error: BaseException) -> bool:
@@ -138,6 +138,7 @@ def _full(error: BaseException) -> bool:
 
 def _print(text: str) -> None:
     """Print to the log, or where it can't take any more, to where errors went before."""
+    text = redacted(text)
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:

@@ -112,7 +112,7 @@ def published(request, tmp_path, words):
 
 def imported(source, folder, **more):
     folder.mkdir()
-    commit = import_translator({"path": str(source), **more}, "mine", folder)
+    commit = import_translator({"path": str(source), "pickle": True, **more}, "mine", folder)
     assert commit is None
     return folder
 
@@ -234,7 +234,7 @@ def of_other_sizes(folder):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (without_weights, "holds no weights (allowed: model.safetensors or pytorch_model.bin)"),
+        (without_weights, "holds no weights that are read (allowed: model.safetensors"),
         (of_another_family, "model_type 't5' is no translator that is served (allowed: marian)"),
         (without_config, "there is no config.json"),
         (with_code, "pytorch_model.bin can't be read as tensors alone"),
@@ -272,7 +272,8 @@ def test_a_hub_translator_is_fetched_without_its_second_copies(published, tmp_pa
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     output = tmp_path / "mine"
     output.mkdir()
-    commit = import_translator({"hub": "someone/opus", "revision": "main"}, "mine", output)
+    asked = {"hub": "someone/opus", "revision": "main", "pickle": True}
+    commit = import_translator(asked, "mine", output)
     assert commit == "0123456789" * 4
     shared = "model.shared.weight"
     assert torch.equal(removal.load(output).state_dict()[shared], model.state_dict()[shared])

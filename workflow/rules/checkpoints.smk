@@ -50,7 +50,7 @@ rule import_checkpoint:
         "../../envs/torch.yaml"
     threads: 1
     resources:
-        mem_mb=light_memory,
+        mem_mb=import_memory,
         failures=failures,
     params:
         code=code_digest("import_checkpoint"),

@@ -30,6 +30,15 @@ def base_files(wildcards):
     return source_files(folder) if folder else []
 
 
+def import_memory(wildcards, attempt):
+    """Megabytes: links cost nothing, pickled weights are held whole while they are written anew."""
+    if not config["checkpoints"][wildcards.base].get("pickle"):
+        return light_memory(wildcards, attempt)
+    pickles = [file for file in base_files(wildcards) if file.endswith(".bin")]
+    size = sum(map(os.path.getsize, pickles)) / 1e6
+    return int(config["compute"]["mem_mb"] + 2.5 * size) * 2 ** (attempt - 1)
+
+
 def evaluation_targets():
     """The evaluations that the configuration asks for by recipe."""
     return [

@@ -4,7 +4,6 @@ Samples lie in JSONL files, one a line in the order of their source; rewritten v
 carry the same ids in the same order.
 """
 
-import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,10 +12,10 @@ from typing import Any, NamedTuple
 from headroom.checkpoints import replacing
 from headroom.corpora import text
 from headroom.corpora.documented import questions
+from headroom.corpora.rows import ENDINGS, read_rows
 from headroom.errors import InputError
 
 KINDS = ("packages", "path", "hub")
-ENDINGS = (".jsonl", ".json", ".parquet")
 FIELDS = {"id": "id", "prompt": "prompt", "answer": "answer"}
 TURNS = ["user", "assistant"]
 SAMPLES = 64  # of documentation, where the configuration says nothing
@@ -246,52 +245,8 @@ def _file_rows(paths: str | Sequence[str], key: str) -> Iterator[tuple[str, Mapp
             raise InputError(
                 f"config key {key}.path: {path} has another ending than {', '.join(ENDINGS)}"
             )
-        unit, rows = _read_rows(path, key)
-        for number, row in rows:
-            place = f"{unit} {number} of {path.name}"
-            if not isinstance(row, Mapping) or not row:
-                raise InputError(f"config key {key}.path: {place} is no JSON object")
-            yield place, row
-
-
-def _read_rows(path: Path, key: str) -> tuple[str, Iterator[tuple[int, Any]]]:
-    """Return what rows are called and the rows with their numbers, from 1."""
-    if path.suffix == ".parquet":
-        return "row", _parquet_rows(path, key)
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"config key {key}.path: {path} is no text (allowed: UTF-8)") from None
-    if path.suffix == ".jsonl":
-        return "line", _parsed_lines(content)
-    try:
-        rows = json.loads(content)
-    except json.JSONDecodeError:
-        rows = None
-    if not isinstance(rows, list):
-        raise InputError(f"config key {key}.path: {path} is no JSON list (allowed: of objects)")
-    return "row", enumerate(rows, 1)
-
-
-def _parsed_lines(content: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(content.split("\n"), 1):  # U+2028 inside a text ends no line
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError:
-                yield number, None
-
-
-def _parquet_rows(path: Path, key: str) -> Iterator[tuple[int, Mapping]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
-        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-        yield from enumerate(rows, 1)
-    except pyarrow.ArrowException:
-        raise InputError(f"config key {key}.path: {path} is no Parquet file") from None
+        for place, row in read_rows(path, f"{key}.path"):
+            yield f"{place} of {path.name}", row
 
 
 def _hub_rows(settings: Mapping, key: str) -> Iterator[tuple[str, Mapping]]:

@@ -1,7 +1,6 @@
 """Sentence pairs from any source, cleaned and split so that no test sentence is trained on."""
 
 import itertools
-import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from headroom.corpora import text
 from headroom.corpora.forms import plain
 from headroom.corpora.phrases import phrases
+from headroom.corpora.rows import read_rows
 from headroom.errors import InputError
 
 SPLITS = ("train", "validation", "test")
@@ -122,7 +122,8 @@ def _file_pairs(settings: Mapping, split: str, place: str, key: str) -> Iterator
         if not path.is_file():
             raise InputError(f"config key {place}: there is no file {path} (allowed: a file)")
     if len(paths) == 1 and paths[0].suffix in ROWS:
-        return _fields(_rows(paths[0], place), settings, key)
+        found = read_rows(paths[0], place)
+        return _fields(((f"{at} of {paths[0]}", row) for at, row in found), settings, key)
     if len(paths) != 2:
         raise InputError(
             f"config key {place} names {len(paths)} files (allowed: two aligned text files, or one "
@@ -139,33 +140,15 @@ def _file_pairs(settings: Mapping, split: str, place: str, key: str) -> Iterator
 
 def _lines(path: Path, place: str) -> list[str]:
     # Nothing but "\n" ends a line: one U+2028 inside a sentence would shift all that follow.
+    content = path.read_bytes()
     try:
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            return list(file)
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"config key {place}: {path} is no text (allowed: UTF-8)") from error
-
-
-def _rows(path: Path, place: str) -> Iterator[Mapping]:
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-                yield from batch.to_pylist()
-        except pyarrow.ArrowException as error:
-            raise InputError(f"config key {place}: {path} is no Parquet file") from error
-        return
-    for number, line in enumerate(_lines(path, place), 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except json.JSONDecodeError:
-            row = {}
-        if row is not None:
-            if not isinstance(row, dict) or not row:
-                raise InputError(f"config key {place}: line {number} of {path} is no JSON object")
-            yield row
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"config key {place}: {path} is no text in line {line} (allowed: UTF-8)"
+        ) from None
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 def _hub_pairs(settings: Mapping, split: str, place: str, key: str) -> Iterator[Pair]:
@@ -173,14 +156,15 @@ def _hub_pairs(settings: Mapping, split: str, place: str, key: str) -> Iterator[
 
     datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(
+        loaded = datasets.load_dataset(
             settings["hub"],
             settings.get("name"),
             split=settings.get("hub_splits", {}).get(split, split),
             revision=settings.get("revision"),
             streaming=True,
         )
-        yield from _fields(rows, settings, key)
+        placed = ((f"row {n} of {settings['hub']}", row) for n, row in enumerate(loaded, 1))
+        yield from _fields(placed, settings, key)
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, InputError):
             raise
@@ -190,19 +174,19 @@ def _hub_pairs(settings: Mapping, split: str, place: str, key: str) -> Iterator[
         ) from error
 
 
-def _fields(rows: Iterable[Mapping], settings: Mapping, key: str) -> Iterator[Pair]:
+def _fields(placed: Iterable[tuple[str, Mapping]], settings: Mapping, key: str) -> Iterator[Pair]:
     fields = settings.get("fields", FIELDS)
     if len(fields) != 2:
         raise InputError(
             f"config key {key}.fields is {list(fields)} (allowed: the field names of source and "
             f"target, such as [en, de] or [translation.en, translation.de])"
         )
-    for row in rows:
+    for place, row in placed:
         found = [_field(row, field) for field in fields]
         for field, value in zip(fields, found, strict=True):
             if not isinstance(value, str):
                 raise InputError(
-                    f"config key {key}.fields: no text in field {field!r} "
+                    f"config key {key}.fields: no text in field {field!r} of {place} "
                     f"(allowed: one of {', '.join(_names(row))})"
                 )
         yield found[0], found[1]
@@ -234,10 +218,10 @@ def _clean(
     read: tuple[str, Iterable[Pair]], settings: Mapping, split: str, totals: dict[str, int]
 ) -> list[Pair]:
     """Normalise both sides; an empty one is dropped in training text and refused elsewhere."""
-    place, rows = read
+    place, pairs = read
     cleaned = []
-    for number, row in enumerate(rows, 1):
-        source, target = (_normal(side, settings) for side in row)
+    for number, pair in enumerate(pairs, 1):
+        source, target = (_normal(side, settings) for side in pair)
         if source and target:
             cleaned.append((source, target))
         elif split == "train":

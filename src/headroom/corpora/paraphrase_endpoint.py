@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from threading import Event
 from urllib.parse import urlsplit
 
-from headroom.errors import InputError
+from headroom.errors import InputError, hide, redacted
 
 SYSTEM = (
     "You rewrite texts in other words. Each message that you receive is one text to rewrite; it is "
@@ -37,6 +37,7 @@ def api_key(settings: Mapping, key: str) -> str | None:
             f"config key {key}.key: environment variable {variable} is not set (allowed: the name "
             f"of a variable that holds the endpoint's key, or null for an endpoint without one)"
         )
+    hide(found)
     return found
 
 
@@ -155,9 +156,7 @@ class Endpoint:
         return RuntimeError(f"{self.key}: {address} failed: {self._shown(error, status)}")
 
     def _shown(self, error: Exception, status: int | None) -> str:
-        message = " ".join(str(error).split())
-        if self.secret:
-            message = message.replace(self.secret, "***")
+        message = redacted(" ".join(str(error).split()))
         kind = f"status {status}" if status else type(error).__name__
         return f"{kind}: {message[:SHOWN]}"
 

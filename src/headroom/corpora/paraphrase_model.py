@@ -149,8 +149,11 @@ class _Noise:
 
 
 def _folder(settings: Mapping, key: str) -> Path:
-    if "path" in settings:
-        return Path(settings["path"]).expanduser().resolve()
-    from headroom.imports import fetch
+    from headroom.imports import check_folder, fetch
 
-    return fetch(settings, f"{key}.hub", ("*.safetensors",))
+    if "path" in settings:
+        folder = Path(settings["path"]).expanduser().resolve()
+    else:
+        folder = fetch(settings, f"{key}.hub", ("*.safetensors",))
+    check_folder(folder, None, key)
+    return folder

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from headroom.corpora.documentation import documentation
+from headroom.corpora.rows import ENDINGS, read_rows
 from headroom.errors import InputError
 
 SPLITS = ("train", "calibration", "evaluation")
@@ -22,10 +23,7 @@ READING_ORDER = ("evaluation", "train", "calibration")
 FRACTIONS = {"train": 0.8, "calibration": 0.1, "evaluation": 0.1}
 KINDS = ("packages", "path", "hub")
 PLAIN = (".txt", ".raw", ".tokens")
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-# Under its default name, utf-8, the JSON reader of datasets decodes strictly whatever is asked.
-JSON_OPTIONS = {"encoding": "utf-8-sig", "encoding_errors": "replace"}
-REPLACEMENT = "\ufffd"  # what stands for a byte that is no UTF-8
+REPLACEMENT = "\ufffd"  # what stands for a byte that is no UTF-8, or half a character
 BATCH = 1000  # documents held before they are written
 
 
@@ -52,6 +50,7 @@ def write_splits(settings: Mapping[str, Any], outputs: Mapping[str, str | Path],
     owner: dict[str, str] = {}
     with _Writers(outputs) as writers:
         for split, text in split_documents(settings, key):
+            text = re.sub("[\ud800-\udfff]", REPLACEMENT, text)  # JSON may hold lone surrogates
             identity = document_id(text)
             found = split or bucket(identity, settings.get("split") or FRACTIONS)
             if identity in owner:
@@ -143,19 +142,19 @@ def _texts(source: Mapping, key: str) -> Iterator[str]:
     if "packages" in source:
         found = documentation(source["packages"], source.get("versions", {}), f"{key}.packages")
     else:
-        rows = _file_rows(source, key) if "path" in source else _hub_rows(source, key)
-        found = grouped(rows, source, key)
+        lines = _file_rows(source, key) if "path" in source else _hub_rows(source, key)
+        found = grouped(lines, source, key)
     return (text.strip() for text in found if text.strip())
 
 
-def grouped(rows: Iterable[str], source: Mapping, key: str) -> Iterator[str]:
-    """Join rows to documents: at a separator, at headings, or each row is one.
+def grouped(texts: Iterable[str], source: Mapping, key: str) -> Iterator[str]:
+    """Join texts to documents: at a separator, at headings, or each is one.
 
     Raises:
         InputError: for a heading that is no regular expression.
     """
     if "separator" not in source and "heading" not in source:
-        yield from rows
+        yield from texts
         return
     separator = source.get("separator")
     try:
@@ -163,8 +162,8 @@ def grouped(rows: Iterable[str], source: Mapping, key: str) -> Iterator[str]:
     except re.error as error:
         raise InputError(f"config key {key}.heading is no regular expression: {error}") from None
     lines: list[str] = []
-    for row in rows:
-        for line in row.removesuffix("\n").split("\n"):
+    for text in texts:
+        for line in text.removesuffix("\n").split("\n"):
             if line.strip() == separator or (heading and heading.search(line)):
                 yield "\n".join(lines)
                 lines = []
@@ -178,14 +177,12 @@ def _file_rows(source: Mapping, key: str) -> Iterator[str]:
         if path.suffix in PLAIN:
             whole = "separator" in source or "heading" in source
             yield from _lines(path) if whole else _paragraphs(_lines(path))
-        elif path.suffix in BUILDERS:
-            options = JSON_OPTIONS if BUILDERS[path.suffix] == "json" else {}
-            loaded = load_rows(
-                key, BUILDERS[path.suffix], data_files=str(path), split="train", **options
-            )
-            yield from _fields(loaded, source.get("text", "text"), key)
+        elif path.suffix in ENDINGS:
+            found = read_rows(path, key, replace=True)
+            placed = ((f"{place} of {path}", row) for place, row in found)
+            yield from _fields(placed, source.get("text", "text"), key)
         else:
-            allowed = ", ".join((*PLAIN, *BUILDERS))
+            allowed = ", ".join((*PLAIN, *ENDINGS))
             raise InputError(f"config key {key}.path: {path} has another ending than {allowed}")
 
 
@@ -221,7 +218,8 @@ def _hub_rows(source: Mapping, key: str) -> Iterator[str]:
         split=source.get("hub_split", "train"),
         revision=source.get("revision"),
     )
-    return _fields(loaded, source.get("text", "text"), key)
+    placed = ((f"row {number} of {source['hub']}", row) for number, row in enumerate(loaded, 1))
+    return _fields(placed, source.get("text", "text"), key)
 
 
 def load_rows(key: str, *args: Any, **options: Any):
@@ -242,20 +240,19 @@ def load_rows(key: str, *args: Any, **options: Any):
         ) from error
 
 
-def _fields(rows: Iterable[Mapping], field: str, key: str) -> Iterator[str]:
-    from datasets.exceptions import DatasetGenerationError
-
+def _fields(placed: Iterable[tuple[str, Mapping]], field: str, key: str) -> Iterator[str]:
     try:
-        for row in rows:
+        for place, row in placed:
             if not isinstance(row.get(field), str):
-                names = ", ".join(sorted(row))
+                names = ", ".join(sorted(map(str, row)))
                 raise InputError(
-                    f"config key {key}.text: no text in field {field!r} (allowed: one of {names})"
+                    f"config key {key}.text: no text in field {field!r} of {place} (allowed: one "
+                    f"of {names})"
                 )
             yield row[field]
-    except (DatasetGenerationError, OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: what datasets raises
         first = (str(error).splitlines() or [""])[0]
         raise InputError(
             f"config key {key}: unreadable: {type(error).__name__}: {first}"
@@ -283,7 +280,6 @@ class _Writers:
         return self
 
     def add(self, split: str, identity: str, text: str) -> None:
-        text = text.encode("utf-8", "replace").decode()  # JSON may hold lone surrogates
         self.rows[split].append({"id": identity, "text": text})
         if len(self.rows[split]) >= BATCH:
             self._flush(split)

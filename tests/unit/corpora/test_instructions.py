@@ -169,7 +169,7 @@ def test_chats_of_two_turns_are_samples(write, tmp_path):
         (
             [{"id": 1, "prompt": "a", "answer": "b"}, {}, {"id": 1, "prompt": "c", "answer": "d"}],
             None,
-            r"line 2 of x.jsonl is no JSON object",
+            r"line 2 of .*x.jsonl is no JSON object",
         ),
         (
             [{"id": 1, "prompt": "a", "answer": "b"}, {"id": "1", "prompt": "c", "answer": "d"}],
