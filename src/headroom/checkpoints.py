@@ -219,7 +219,8 @@ def read_index(folder: Path, index: str = INDEX, ending: str = ".safetensors") -
     Raises:
         InputError: for a shard that is no plain file name: it could lie, or be written, anywhere.
     """
-    found = read_object(folder / index).get("weight_map")
+    content = read_object(folder / index)
+    found = content.get("weight_map")
     if not isinstance(found, dict) or not found:
         raise InputError(f"{folder / index} has no weight_map (allowed: shards by tensor)")
     for shard in sorted(set(found.values()), key=str):

@@ -11,6 +11,7 @@ from headroom.checkpoints import (
     TOKENIZER_FILES,
     read_config,
     read_index,
+    read_object,
     write_manifest,
 )
 from headroom.errors import InputError
@@ -173,6 +174,8 @@ def _weights(folder: Path, source: dict, key: str) -> tuple[list[str], bool]:
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing and indexed:
         raise InputError(f"config key {key}: {folder} lacks {', '.join(missing)}")
+    if indexed and not isinstance(read_object(folder / index).get("metadata"), dict):
+        raise InputError(f"config key {key}: {folder / index} has no metadata (allowed: an object)")
     if missing:
         raise InputError(
             f"config key {key}: {folder} holds no weights that are read (allowed: {WEIGHTS}, or "

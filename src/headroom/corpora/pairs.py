@@ -19,7 +19,7 @@ KINDS = ("cldr", "path", "hub")
 ROWS = (".jsonl", ".parquet")
 # corpora.text.bucket knows the splits by its own names, in the same order.
 NAMES = dict(zip(text.SPLITS, SPLITS, strict=True))
-SEPARATOR = "\0"  # no white space, which the hash is blind to
+SEPARATOR = "\ud800"  # half a character, which no sentence holds, and no white space
 
 Pair = tuple[str, str]  # source, target
 
