@@ -15,6 +15,7 @@ from headroom.checkpoints import (
     write_manifest,
 )
 from headroom.errors import InputError
+from headroom.progress import Lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -273,6 +274,7 @@ def fetch(source: dict, key: str, weights: Sequence[str]) -> Path:
                 revision=source["revision"],
                 allow_patterns=wanted,
                 ignore_patterns=unread,
+                tqdm_class=Lines,
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

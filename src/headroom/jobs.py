@@ -75,6 +75,7 @@ def start(job) -> int:
     threads = settings.get("compute", {}).get("threads", 1)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers asks it too
     return halvings
 
 

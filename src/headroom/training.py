@@ -14,9 +14,10 @@ from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from headroom.errors import InputError
+from headroom.progress import Bar
+from headroom.progress import progress as shown
 
 STATE_FILE = "state.pt"
 DIGEST_BYTES = hashlib.sha256().digest_size  # of the state, at the end of its file
@@ -158,14 +159,13 @@ def train(
         torch.manual_seed(plan.seed)
         progress = _load(state, model, optimizer, signature)
         first, due = progress.tokens, time.monotonic() + plan.save_seconds
-        bar = tqdm(total=plan.steps, initial=progress.step, mininterval=1.0)
         _note(watch if not progress.step else None, progress)
-        for loss in _steps(model, optimizer, rates, batches, loss_sum, plan, progress, clip):
-            _show(bar, loss, progress.tokens - first)
-            _note(watch, progress)
-            if time.monotonic() >= due and progress.step < plan.steps:
-                due = _save(state, model, optimizer, signature, progress, plan)
-        bar.close()
+        with shown(desc="training", total=plan.steps, unit="step", initial=progress.step) as bar:
+            for loss in _steps(model, optimizer, rates, batches, loss_sum, plan, progress, clip):
+                _show(bar, loss, progress.tokens - first)
+                _note(watch, progress)
+                if time.monotonic() >= due and progress.step < plan.steps:
+                    due = _save(state, model, optimizer, signature, progress, plan)
     return progress
 
 
@@ -208,7 +208,7 @@ def _note(watch: Watch | None, progress: Progress) -> None:
         progress.notes.append({"step": progress.step, **row})
 
 
-def _show(bar: tqdm, loss: float, tokens: int) -> None:
+def _show(bar: Bar, loss: float, tokens: int) -> None:
     speed = tokens / max(1e-9, bar.format_dict["elapsed"])
     bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} tokens/s", refresh=False)
     bar.update()

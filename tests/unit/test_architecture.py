@@ -17,8 +17,17 @@ FLOORS = (
     ("experiment", "verify"),
     ("heads", "ffn", "gates", "branches", "gradients"),
     ("evaluation", "training", "language_model", "attention", "corpora"),
-    ("attempts", "jobs", "sums", "plotting", "pages", "configuration", "locks"),
-    ("accumulators", "checkpoints", "imports", "recipes", "statistics", "digest", "errors"),
+    ("attempts", "jobs", "sums", "plotting", "pages", "configuration", "locks", "failures"),
+    (
+        "accumulators",
+        "checkpoints",
+        "imports",
+        "progress",
+        "recipes",
+        "statistics",
+        "digest",
+        "errors",
+    ),
 )
 
 

@@ -262,7 +262,7 @@ def test_a_hub_translator_is_fetched_without_its_second_copies(published, tmp_pa
     needed = {path.name for path in source.iterdir()} - {"README.md"}
     others = ["README.md", "tf_model.h5", "rust_model.ot", "flax_model.msgpack", "onnx/model.onnx"]
 
-    def download(repository, revision, allow_patterns, ignore_patterns):
+    def download(repository, revision, allow_patterns, ignore_patterns, tqdm_class):
         assert (repository, revision) == ("someone/opus", "main")
         wanted = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
         assert set(filter_repo_objects([*sorted(needed), *others], **wanted)) == needed

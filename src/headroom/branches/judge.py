@@ -1,13 +1,11 @@
 """Judge runs on the same held-out texts, so many of them side by side."""
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from headroom.branches.layout import columns
 from headroom.branches.model import inputs
@@ -17,6 +15,7 @@ from headroom.branches.saved import load_stack
 from headroom.branches.texts import Texts, load_texts
 from headroom.checkpoints import check_manifest, read_json, resolve_device
 from headroom.errors import InputError
+from headroom.progress import progress
 
 
 @torch.no_grad()
@@ -48,7 +47,7 @@ def evaluate_stack(
         packs = evaluation_packs(len(store.lengths), branches)
         size = max(1, (own["evaluation"]["micro_texts"] // branches) >> halvings)
         offsets_N = _offsets(store, own["offsets"]["evaluation"])
-        for start in tqdm(range(0, len(packs), size), file=sys.stderr, mininterval=1.0):
+        for start in progress(range(0, len(packs), size), "evaluation", unit="batch"):
             chosen = packs[start : start + size]
             batch = columns(store, chosen, [offsets_N[pack].tolist() for pack in chosen])
             found_KP = model.losses(inputs(batch, device)).double().cpu().numpy()

@@ -12,6 +12,7 @@ from headroom.checkpoints import check_manifest, write_json, write_manifest
 from headroom.corpora.text import read_texts
 from headroom.corpora.tokens import BATCH, encoder
 from headroom.errors import InputError
+from headroom.progress import progress
 
 LONG_TEXTS = ("first", "pieces", "drop")
 SHORTEST = 2  # tokens: fewer have nothing to predict
@@ -106,7 +107,7 @@ def _cut(
         raise InputError(f"tokenizer {tokenizer} lacks a token (allowed: one with <s> and </s>)")
     counts = {"documents": len(documents), "cut": 0, "dropped_long": 0, "dropped_short": 0}
     blocks, lengths, origins = [np.zeros(0, dtype=np.uint32)], [], []
-    for start in range(0, len(documents), BATCH):
+    for start in progress(range(0, len(documents), BATCH), "tokenising", unit="batch"):
         texts: list[list[int]] = []
         for row, ids in enumerate(encode(documents[start : start + BATCH]), start):
             whole = [specials["bos"], *ids, specials["eos"]]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from headroom.errors import InputError
+from headroom.progress import progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,7 +134,7 @@ def encode_pairs(
     import torch
 
     kept: list[tuple[list[int], list[int]]] = []
-    for start in range(0, len(sources), CHUNK):
+    for start in progress(range(0, len(sources), CHUNK), "tokenising", unit="chunk"):
         part = slice(start, start + CHUNK)
         # "</s>" inside a sentence is text; what is too long is left out, so no warning about it.
         options = {"split_special_tokens": True, "verbose": False}

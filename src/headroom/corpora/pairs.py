@@ -11,6 +11,7 @@ from headroom.corpora.forms import plain
 from headroom.corpora.phrases import phrases
 from headroom.corpora.rows import read_rows
 from headroom.errors import InputError
+from headroom.progress import progress
 
 SPLITS = ("train", "validation", "test")
 SHARES = {"train": 0.9, "validation": 0.05, "test": 0.05}
@@ -220,7 +221,7 @@ def _clean(
     """Normalise both sides; an empty one is dropped in training text and refused elsewhere."""
     place, pairs = read
     cleaned = []
-    for number, pair in enumerate(pairs, 1):
+    for number, pair in enumerate(progress(pairs, f"{split} pairs", unit="pair", delay=5), 1):
         source, target = (_normal(side, settings) for side in pair)
         if source and target:
             cleaned.append((source, target))

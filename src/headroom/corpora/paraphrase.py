@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from headroom.corpora.instructions import Sample, read_samples, write_brought, write_samples
 from headroom.corpora.paraphrase_gates import GATES, gates_of, refusal
 from headroom.errors import InputError
+from headroom.progress import progress
 
 Paraphraser = Callable[[Sequence[str], int], Iterator[tuple[int, str]]]
 
@@ -278,14 +279,12 @@ class _Source:
         return found
 
     def _asked(self, texts: Sequence[str], attempt: int) -> Iterator[tuple[int, str]]:
-        from tqdm import tqdm
-
         if not texts:
             return
         if self.paraphraser is None:
             self.paraphraser = KINDS[self.kind].make(self.settings, self.key)
-        shown = {"total": len(texts), "mininterval": 1, "delay": 5, "file": sys.stderr}
-        yield from tqdm(self.paraphraser(texts, attempt), f"attempt {attempt + 1}", **shown)
+        found = self.paraphraser(texts, attempt)
+        yield from progress(found, f"attempt {attempt + 1}", len(texts), "text", delay=5)
 
     def _key(self, text: str, attempt: int) -> str:
         parts = f"{self.identity}\0{attempt}\0{text}"

@@ -16,6 +16,7 @@ from typing import Any
 from headroom.corpora.documentation import documentation
 from headroom.corpora.rows import ENDINGS, read_rows
 from headroom.errors import InputError
+from headroom.progress import progress
 
 SPLITS = ("train", "calibration", "evaluation")
 # Of separate sources, the held-out text is read first: what recurs is dropped where it comes later.
@@ -106,7 +107,8 @@ def documents(source: Mapping, key: str) -> Iterator[str]:
         InputError: if the source is missing, empty or lacks the text field, naming the key.
     """
     characters, count = 0, 0
-    for text in itertools.islice(_texts(source, key), source.get("documents")):
+    texts = itertools.islice(_texts(source, key), source.get("documents"))
+    for text in progress(texts, "documents", source.get("documents"), "document", delay=5):
         yield text
         count, characters = count + 1, characters + len(text)
         if characters >= source.get("characters", float("inf")):

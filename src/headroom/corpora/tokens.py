@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from headroom.errors import InputError
+from headroom.progress import progress
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -102,7 +103,7 @@ def token_stream(
     prefix = [] if token is None else [token]
     pieces: list[np.ndarray] = []
     batch: list[str] = []
-    for text in texts:
+    for text in progress(texts, "tokenising", unit="text"):
         batch.append(text)
         if len(batch) == BATCH:
             pieces += [np.array(prefix + ids, dtype=np.int32) for ids in encode(batch)]

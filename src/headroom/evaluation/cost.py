@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from headroom.checkpoints import Overlay, Tensors, geometry, load_model, read_config, resolve_device
+from headroom.progress import progress
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -138,7 +139,7 @@ def decode_latency(checkpoints: Sequence[str], settings: Mapping) -> list[dict]:
     torch.set_num_threads(compute["threads"])
     models = [load_model(path, compute["device"], compute["dtype"]) for path in checkpoints]
     times: list[list[float]] = [[] for _ in models]
-    for run in range(wanted["runs"] + 1):
+    for run in progress(range(wanted["runs"] + 1), "decoding", unit="run"):
         for model, found in zip(models, times, strict=True):
             seconds = _decode(model, wanted)
             if run:  # the first one warms up

@@ -3,17 +3,16 @@
 Shapes: B sequences a batch, T tokens, V vocabulary, C positions a chunk.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from headroom.corpora.tokens import Stream, windows
 from headroom.errors import InputError
+from headroom.progress import progress
 from headroom.statistics import bootstrap_ratio
 
 LOGITS = 2**26  # logits held at once, so that a vocabulary of 128k does not decide the memory
@@ -70,7 +69,7 @@ def score_documents(
         )
     parts = []
     starts = range(0, len(tokens), batch)
-    for start in tqdm(starts, desc="evaluation", file=sys.stderr, mininterval=1):
+    for start in progress(starts, "evaluation", unit="batch"):
         chosen = slice(start, start + batch)
         parts.append(_score_batch(model, tokens[chosen], documents[chosen]))
     table = pd.DataFrame(np.concatenate(parts), columns=["document", "nll", "correct"])

@@ -4,12 +4,12 @@ Shapes: N sentences, S seeds, R resamples; 10 counts a sentence (:data:`COUNTS`)
 corpus BLEU needs, so that a bootstrap adds counts up and never reads a sentence twice.
 """
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from headroom.errors import InputError
+from headroom.progress import progress
 from headroom.statistics import Interval, interval, interval_over_seeds, resampled_sums
 
 ORDERS = 4  # of n-grams
@@ -50,13 +50,12 @@ def translate(
         InputError: for a source without a token, or for tokens beyond the model's positions.
     """
     import torch
-    from tqdm import tqdm
 
     sources = _encoded(model, tokenizer, sentences, longest)
     found, modes = [""] * len(sources), [(part, part.training) for part in model.modules()]
     batches = list(_batches([len(source) for source in sources], batch_tokens // beams))
     # Shown only where it takes long: looks in the midst of a training have its bar above them.
-    shown = tqdm(batches, "translation", file=sys.stderr, mininterval=1, delay=5, leave=False)
+    shown = progress(batches, "translation", unit="batch", delay=5)
     model.eval()
     try:
         for places in shown:

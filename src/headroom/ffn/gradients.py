@@ -5,7 +5,6 @@ a channel are always in the order down, up, gate.
 """
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
-from tqdm import tqdm
 
 from headroom.checkpoints import geometry, load_model, read_config
 from headroom.errors import InputError
 from headroom.ffn.observe import calibration_windows
+from headroom.progress import progress
 
 KINDS = ("fo", "snip")
 STATISTICS = (
@@ -62,7 +61,7 @@ def measure_gradients(checkpoint: str, tokens: str, seed: int, settings: dict, o
     found = channel_statistics(
         load_model(checkpoint, compute["device"], compute["dtype"]),
         windows_NT,
-        progress=lambda items: tqdm(items, desc="gradients", file=sys.stderr),
+        progress=lambda items: progress(items, "gradients", unit="window"),
     )
     save_file(
         {f"{layer}.{name}": value_n for layer, part in enumerate(found)

@@ -3,13 +3,11 @@
 Shapes: N windows, T tokens, D model width, n channels.
 """
 
-import sys
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from headroom.accumulators import Moments, add_product
 from headroom.checkpoints import Tensors, load_model, read_config
@@ -17,6 +15,7 @@ from headroom.corpora.tokens import load_stream, windows
 from headroom.errors import InputError
 from headroom.ffn.layers import FFN, canonical_scale, read
 from headroom.ffn.stream import LayerStream
+from headroom.progress import progress
 
 BATCH = 8  # windows that go through the model at once
 CHUNK = 4096  # tokens whose hidden activations are held in float64
@@ -174,7 +173,7 @@ def measure_activations(
         calibration_windows(tokens, calibration["window"], calibration["sequences"], seed),
         settings["ffn"]["ridge"],
         batch=max(1, BATCH >> halvings),
-        progress=lambda items: tqdm(items, desc="layers", file=sys.stderr),
+        progress=lambda items: progress(items, "layers", unit="layer"),
     )
     flat = {f"{i}.{name}": value for i, layer in enumerate(found) for name, value in layer.items()}
     save_file(flat, output)

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from headroom.checkpoints import (
     Tensors,
@@ -25,6 +24,7 @@ from headroom.ffn.pipeline import prune_model
 from headroom.ffn.rescue import report
 from headroom.ffn.store import save_plan
 from headroom.ffn.task import Source
+from headroom.progress import progress
 from headroom.recipes import parse_step
 
 
@@ -82,7 +82,7 @@ def prune_checkpoint(
     parsed = parse_step(step)
     seed = int(parsed.resolved("seed")[1:])
     source = load_source(checkpoint, inputs, seed, settings, halvings)
-    one = prune_model(source, [parsed], lambda items: tqdm(items, desc="layers"))[0]
+    one = prune_model(source, [parsed], lambda items: progress(items, "layers", unit="layer"))[0]
     parent = source.tensors
     write_derived(
         checkpoint,

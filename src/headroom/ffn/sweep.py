@@ -1,13 +1,11 @@
 """The job that makes many prunings in memory and scores them on held-out text."""
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from torch import Tensor
-from tqdm import tqdm
 
 from headroom.attention import replaced
 from headroom.checkpoints import Overlay, replacing
@@ -19,6 +17,7 @@ from headroom.ffn.families import DENSE, check_family, seeded
 from headroom.ffn.pipeline import prune_model
 from headroom.ffn.prune import load_source
 from headroom.ffn.task import Pruned, Source
+from headroom.progress import progress
 from headroom.recipes import Prune, format_step, parse_step
 
 TABLES = ("layers", "documents")  # the last one written says that a step is done
@@ -117,9 +116,11 @@ def pruned_in_groups(source: Source, steps: Sequence[Prune], held: float) -> Ite
     names = [name for name in shapes if ".mlp." in name]
     size = source.tensors[names[0]].element_size()  # of a number as stored
     together = max(1, int(held // (size * sum(shapes[name] for name in names))))
-    for start in tqdm(range(0, len(steps), together), desc="passes", file=sys.stderr):
+    for start in progress(range(0, len(steps), together), "passes", unit="pass"):
         yield from prune_model(
-            source, steps[start : start + together], lambda items: tqdm(items, desc="layers")
+            source,
+            steps[start : start + together],
+            lambda items: progress(items, "layers", unit="layer"),
         )
 
 

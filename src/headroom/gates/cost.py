@@ -10,6 +10,7 @@ from torch import Tensor
 
 from headroom.errors import InputError
 from headroom.evaluation.cost import wait
+from headroom.progress import progress
 
 if TYPE_CHECKING:
     from transformers import MarianMTModel
@@ -96,7 +97,7 @@ def _take_turns(
     models: Mapping[str, "MarianMTModel"], batch: int, source: int, new_tokens: int, runs: int
 ) -> list[dict]:
     times: dict[str, list[float]] = {name: [] for name in models}
-    for run in range(runs + 1):
+    for run in progress(range(runs + 1), f"decoding, batch {batch}", unit="run"):
         for name, model in models.items():
             seconds = _generate(model, _tokens(model, batch, source), new_tokens)
             if run:  # the first one warms up

@@ -10,6 +10,7 @@ from headroom.attention import head_count, tapped
 from headroom.corpora.pair_tokens import Batches, PairTokens
 from headroom.gates.gated import Gated, gated_modules
 from headroom.gates.translator import pair_loss
+from headroom.progress import progress
 from headroom.training import LossSum
 
 MICHEL_BATCHES = 32  # of training pairs
@@ -48,7 +49,7 @@ def michel(
         return z_BTHd * xi_BH[:, None, :, None]
 
     with tapped(model, scale):
-        for samples in batches:
+        for samples in progress(batches, "importance of heads", unit="batch"):
             ones[:] = [torch.empty(0)] * len(places)
             loss, *_ = loss_sum(model, samples)
             for total_H, gradient_BH in zip(totals, torch.autograd.grad(loss, ones), strict=True):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from headroom.attention import attention_modules, tapped
 from headroom.errors import InputError
 from headroom.gates.gated import attention_kind, attention_layer
+from headroom.progress import progress
 
 if TYPE_CHECKING:
     from transformers import MarianMTModel
@@ -98,7 +99,7 @@ def roles(
 def _observe(model, pairs, frequency: Tensor, wanted: Mapping) -> dict[nn.Module, _Tally]:
     """Show each pair to the model and tally what the wanted modules attend to."""
     tallies = {module: _Tally() for module in wanted}
-    for pair in pairs:
+    for pair in progress(pairs, "roles of heads", unit="sentence"):
         source_S, target_T = pair["input_ids"][0], _decoder_inputs(model, pair["labels"][0])
         sentences = _sentences(model, source_S, target_T, frequency.to(source_S.device))
 

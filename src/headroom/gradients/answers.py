@@ -4,13 +4,12 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from tqdm import tqdm
-
 from headroom.checkpoints import load_model, load_tokenizer
 from headroom.corpora.generation import continuations, end_tokens
 from headroom.corpora.instructions import read_samples
 from headroom.errors import InputError
 from headroom.gradients.encoding import begin, prompt_text
+from headroom.progress import progress
 
 
 def write_answers(
@@ -39,7 +38,7 @@ def write_answers(
         texts.append((sample, begin(tokenizer, text, complete)))
     ends = end_tokens(model, tokenizer)
     size, found = max(1, own["batch"] >> halvings), {}
-    for longest, part in tqdm(_batches(texts, own, size), desc="answers", mininterval=5):
+    for longest, part in progress(_batches(texts, own, size), "answers", unit="batch"):
         made = [None] * len(part)
         if longest > 0:
             made = continuations(model, [tokens for _, tokens in part], longest, ends)

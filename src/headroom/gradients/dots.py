@@ -13,6 +13,7 @@ import numpy as np
 
 from headroom.checkpoints import replacing
 from headroom.errors import InputError
+from headroom.progress import progress
 
 # Between partitions that ran on different machines, or with a halved batch: of a sample's whole
 # squared norm, because of a layer that is nothing but rounding no digit agrees.
@@ -125,7 +126,7 @@ def merge(paths: Sequence[str | Path]) -> Dots:
     first = headers[order[0]]
     L, Q, N = len(first["layers"]), len(first["queries"]), first["total"]
     originals, original_LN, dot_LQN, query_LQ = [""] * N, np.empty((L, N)), None, None
-    for path in order:
+    for path in progress(order, "partitions", unit="partition"):
         if headers[path]["start"] == headers[path]["stop"]:
             continue
         part = read(path)

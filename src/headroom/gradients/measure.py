@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 from headroom.gradients.capture import pad
 from headroom.gradients.features import Features, concatenated
@@ -14,6 +13,7 @@ from headroom.gradients.result import Result
 from headroom.gradients.setup import Setup, prepare
 from headroom.gradients.similarity import Block
 from headroom.gradients.store import Store
+from headroom.progress import progress
 
 
 def measure_part(
@@ -60,19 +60,17 @@ def measure(setup: Setup) -> Result:
 def _in_tiles(setup: Setup, result: Result) -> None:
     """Hold a tile of originals, send all queries past it; for each group of layers."""
     plan, own = setup.plan, setup.originals.grid
-    for group in plan.groups:
-        for tile in _tiles(setup.blocks, plan.tile):
-            held: dict[tuple[int, str], Features] = {}
-            for number in tile:
-                block = Block(len(own.block_rows(number)))
-                for rows in own.batches(own.block_rows(number)):
-                    head = setup.measurer.measure(
-                        setup.originals.batch(rows), block.add, set(group)
-                    )
-                    block.next(len(rows))
-                    result.take_originals(rows, head)
-                held |= {(number, layer): whole for layer, whole in block.features().items()}
-            _pass_by(setup, result, held, group)
+    tiles = [(group, tile) for group in plan.groups for tile in _tiles(setup.blocks, plan.tile)]
+    for group, tile in progress(tiles, "tiles", unit="tile"):
+        held: dict[tuple[int, str], Features] = {}
+        for number in progress(tile, "blocks of originals", unit="block"):
+            block = Block(len(own.block_rows(number)))
+            for rows in own.batches(own.block_rows(number)):
+                head = setup.measurer.measure(setup.originals.batch(rows), block.add, set(group))
+                block.next(len(rows))
+                result.take_originals(rows, head)
+            held |= {(number, layer): whole for layer, whole in block.features().items()}
+        _pass_by(setup, result, held, group)
 
 
 def _pass_by(
@@ -81,7 +79,7 @@ def _pass_by(
     grid = setup.queries.grid
     numbers = sorted({number for number, _ in held})
     whole = range(len(grid.order))
-    for rows in tqdm(grid.batches(whole), desc="queries", mininterval=5):
+    for rows in progress(grid.batches(whole), "queries", unit="batch"):
 
         def consume(layer: str, features: Features, rows: range = rows) -> None:
             for number in numbers:
@@ -107,7 +105,7 @@ def _from_store(setup: Setup, result: Result) -> None:
     for rows in passing:
         result.take_queries(rows, second.head(grids[1].number(rows)))
     device = setup.measurer.device
-    for layer in tqdm(setup.measurer.layers, desc="layers", mininterval=5):
+    for layer in progress(setup.measurer.layers, "layers", unit="layer"):
         for tile in _tiles(setup.blocks, setup.plan.tile):
             held = {number: _held(first, grids[0], number, layer, device) for number in tile}
             for rows in passing:
@@ -144,7 +142,7 @@ def _fill(setup: Setup) -> tuple[Store, Store]:
     wanted += [(1, rows) for rows in (*passing[start:], *passing[:start])]
     for wait in (False, True):
         left = []
-        for side, rows in tqdm(wanted, desc="backward passes", mininterval=5):
+        for side, rows in progress(wanted, "backward passes", unit="batch"):
             number = sides[side].grid.number(rows)
             samples = sides[side].batch(rows)
             if not stores[side].ensure(number, samples, setup.measurer, wait):

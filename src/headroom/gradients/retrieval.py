@@ -10,6 +10,7 @@ import numpy as np
 
 from headroom.errors import InputError
 from headroom.gradients.pairs import Pairs, similarity
+from headroom.progress import progress
 from headroom.statistics import Interval, interval, resampled_sums, verdict, wilson
 
 RECALLS = (5, 10)
@@ -211,7 +212,7 @@ def _null(
     shared, (Q, C) = pairs.shared_pool, pairs.candidate_QC.shape
     nearest_LQ, truth_Q = nearest_LQ.astype(np.int32), pairs.truth_Q.astype(np.int32)
     found = []
-    for _ in range(permutations):
+    for _ in progress(range(permutations), "permutations", unit="draw"):
         if shared:
             drawn_Q = rng.permutation(truth_Q)
         else:

@@ -1,14 +1,13 @@
 """What the heads study reads of a model on calibration text: windows, inputs of attention."""
 
-import sys
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from headroom.attention import attention_inputs, check_model
 from headroom.checkpoints import geometry, load_model, read_config
 from headroom.corpora.tokens import load_stream, windows
+from headroom.progress import progress
 
 BATCH = 8  # windows that go through the model at once
 
@@ -32,7 +31,8 @@ def store_attention_inputs(
     check_model(model, windows_NT.shape[1])
     layers: list[list[torch.Tensor]] = []
     with torch.no_grad():
-        for tokens_BT in tqdm(windows_NT.split(max(1, BATCH >> halvings)), file=sys.stderr):
+        batches = windows_NT.split(max(1, BATCH >> halvings))
+        for tokens_BT in progress(batches, "inputs of attention", unit="batch"):
             inputs = attention_inputs(model, tokens_BT.to(model.device))
             layers.append([x_BTD.cpu() for x_BTD in inputs.x_BTD])
     stored = {f"layer.{i}": torch.cat(parts) for i, parts in enumerate(zip(*layers, strict=True))}

@@ -1,15 +1,13 @@
 """The job that measures one metric's similarities of a checkpoint."""
 
-import sys
-
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from headroom.checkpoints import geometry, read_config
 from headroom.heads.calibration import BATCH, load_checkpoint, load_windows
 from headroom.heads.similarity import METRICS, cosine, similarity_pass
 from headroom.heads.store import save_similarity
+from headroom.progress import progress
 
 
 def measure_checkpoint(
@@ -37,7 +35,7 @@ def measure_checkpoint(
         metric,
         batch=max(1, BATCH >> halvings),
         generator=torch.Generator().manual_seed(random["seed"]),
-        progress=lambda items: tqdm(items, desc=metric, file=sys.stderr),
+        progress=lambda items: progress(items, metric),
     )
     arrays: dict[str, np.ndarray] = {}
     for name in ("", "_nosink"):

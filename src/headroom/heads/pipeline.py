@@ -38,6 +38,7 @@ from headroom.heads.plans import (
     threshold_plan,
 )
 from headroom.heads.weights import AttentionWeights, Calibration, named, read
+from headroom.progress import progress
 from headroom.recipes import Merge, Remove
 
 NOTE = "attention inputs of every layer are those of the parent before any of its layers changed"
@@ -150,13 +151,11 @@ def merge_model(
     Raises:
         InputError: if the model can't be brought to the budget, or inputs don't suit.
     """
-    from tqdm import tqdm
-
     task = Task(tensors, config, step, similarity_LHH, inputs, settings, device, batch)
     config_new = task.config_new
     check_inputs(inputs, config)
     changed, entries = {}, {}
-    for index in tqdm(range(task.shape.layers), desc="layers", mininterval=1):
+    for index in progress(range(task.shape.layers), "layers", unit="layer"):
         new, entries[str(index)] = _layer(task, index, None if chosen is None else chosen[index])
         changed |= new
     return config_new, changed, _log(task, entries)
@@ -180,7 +179,8 @@ def plan_layers(
     plain = replace(step, control="")
     task = Task(tensors, config, plain, similarity_LHH, inputs, settings, device, batch)
     check_inputs(inputs, config)
-    return [choose(task, task.layer(index), index) for index in range(task.shape.layers)]
+    layers = progress(range(task.shape.layers), "plans", unit="layer")
+    return [choose(task, task.layer(index), index) for index in layers]
 
 
 def check_inputs(inputs: Mapping[str, Tensor] | None, config: dict) -> None:

@@ -1,13 +1,11 @@
 """Jobs of the heads study that make or judge checkpoints with fewer heads."""
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from headroom.attention import replaced
 from headroom.checkpoints import (
@@ -25,6 +23,7 @@ from headroom.evaluation.perplexity import judged_windows, score_documents
 from headroom.heads.families import control_steps
 from headroom.heads.pipeline import InputFile, merge_model, plan_layers
 from headroom.heads.store import load_similarity
+from headroom.progress import progress
 from headroom.recipes import Merge, Remove, parse_step
 
 BATCH = 8
@@ -109,8 +108,8 @@ def score_controls(
     chosen = plan_layers(parent, config, merge, similarity_LHH, *common, **compute)
     text = judged_windows(load_stream(tokens), settings["evaluation"])
     model = load_model(checkpoint, settings["compute"]["device"], settings["compute"]["dtype"])
-    tables = []
-    for name, control in tqdm(control_steps(step, settings["controls"]).items(), file=sys.stderr):
+    tables, steps = [], control_steps(step, settings["controls"])
+    for name, control in progress(steps.items(), "controls", unit="control"):
         plans = chosen if isinstance(control, Merge) else None
         new, changed, _ = merge_model(
             parent, config, control, similarity_LHH, *common, chosen=plans, **compute
