@@ -47,36 +47,36 @@ rule all:
 
 rule heads:
     input:
-        heads_targets(),
+        asked("heads", heads_targets()),
 
 
 rule ffn:
     input:
-        ffn_targets(),
+        asked("ffn", ffn_targets()),
 
 
 rule gates:
     input:
-        gates_targets(),
+        asked("gates", gates_targets()),
 
 
 rule branches:
     input:
-        branches_targets(),
+        asked("branches", branches_targets()),
 
 
 rule gradients:
     input:
-        gradients_targets(),
+        asked("gradients", gradients_targets()),
 
 
 rule evaluations:
     input:
-        evaluation_targets(),
+        asked("evaluations", evaluation_targets()),
 
 
 onstart:
-    locks.hold(Path(".snakemake"))
+    begin()
 
 
 onsuccess:
@@ -86,3 +86,4 @@ onsuccess:
 
 onerror:
     locks.alone(Path(".snakemake"))
+    print(explain(workflow.scheduler.failed, sys.argv), file=sys.stderr, flush=True)

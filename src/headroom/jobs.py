@@ -53,6 +53,7 @@ def start(job) -> int:
         How often the job is to halve its micro-batch before it starts: once for each attempt that
         died for want of memory.
     """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends C code too, without a traceback
     log, settings = str(job.log[0]), job.params.settings
     own = fingerprint(log, job.params.code, settings)
     memo, note = STATE / "failures" / f"{own}.json", STATE / "attempts" / f"{own}.json"

@@ -3,7 +3,9 @@
 import itertools
 import os
 import re
+import signal
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, f"{workflow.basedir}/src")
@@ -12,6 +14,7 @@ from headroom import digest, experiment, jobs, locks
 from headroom.branches import grid, runs
 from headroom.branches.sizes import evaluation_bytes, training_bytes
 from headroom.errors import InputError
+from headroom.failures import explain
 from headroom.ffn import families as ffn_families
 from headroom.gates import families as gate_families
 from headroom.gradients import families as gradient_families
@@ -45,6 +48,48 @@ if "--unlock" in sys.argv:
     locks.forget(Path(".snakemake"))
 elif workflow.is_main_process and "--report" not in sys.argv:
     locks.enter(Path(".snakemake"))
+
+
+NEEDED = {
+    "heads": "checkpoints, of which heads.checkpoints names some",
+    "ffn": "checkpoints, of which ffn.checkpoints names some, and ffn.prunes or ffn.saved",
+    "gates": "translators, of which gates.translators names some",
+    "branches": "branches.ablations",
+    "gradients": "checkpoints and instructions, of which gradients.checkpoints and "
+    "gradients.instructions name some",
+    "evaluations": "evaluation.recipes",
+}
+
+
+def asked(target, files):
+    """A target's files; asked for by name, one without any says what it needs."""
+    if not files and target in sys.argv[1:]:
+        sys.exit(
+            f"headroom: target {target}: nothing is configured (needed: {NEEDED[target]})"
+        )
+    return files
+
+
+PATIENCE = (
+    5  # seconds in which a run that was stopped isn't disturbed by more of Ctrl-C
+)
+
+
+def begin():
+    """Before the first job: own the lock, be stopped in order, say less on a terminal."""
+    locks.hold(Path(".snakemake"))
+    stopped = [float("-inf")]
+
+    def stop(number, frame):
+        if time.monotonic() - stopped[0] > PATIENCE:
+            stopped[0] = time.monotonic()
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, stop)
+    if sys.stderr.isatty():
+        for each in workflow.rules:
+            each.message = "{rule} {wildcards}"
+
 
 RECIPE = recipe_regex(list(config["checkpoints"]))
 TRAINED_TRANSLATORS = either(trained("translators"))
