@@ -34,7 +34,7 @@ class Watched:
         self.mark = uuid.uuid4().hex
         self.jobs: list[Job] = []
         self.lines: list[str] = []
-        self.began = time.monotonic()
+        self.ended = float("nan")
         environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", MARK: self.mark}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "snakemake", *arguments],
@@ -72,6 +72,7 @@ class Watched:
         """Wait for the end and return the exit status."""
         status = self.process.wait(seconds)
         self.reader.join(30)
+        self.ended = time.monotonic()
         return status
 
     def wait_for(self, found, seconds: float = 120):
@@ -87,6 +88,7 @@ class Watched:
         """Kill Snakemake itself, as a person or the kernel does, and nothing else."""
         self.process.kill()
         self.process.wait()
+        self.ended = time.monotonic()
 
     def processes(self, script: str = "") -> list[psutil.Process]:
         """Return the living processes of this run, or those that run a rule's script."""
@@ -136,6 +138,7 @@ UNEQUAL = re.compile(
     r"(provenance|benchmarks|logs|events|latency|\.[^/]*)/"
     r"|(.*/)?latency\.json$"
     r"|(.*/)?decode_latency\.(png|svg)$"
+    r"|gates/[^/]*/figures/runs\.html$"
 )
 
 

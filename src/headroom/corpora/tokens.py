@@ -176,12 +176,10 @@ def save_stream(stream: Stream, path: str | Path) -> None:
     """Write a stream as safetensors with the boundary in its metadata."""
     from safetensors.numpy import save_file
 
-    token = "" if stream.boundary_token is None else str(stream.boundary_token)
-    save_file(
-        {"tokens": stream.tokens, "documents": stream.documents},
-        path,
-        metadata={"boundary": stream.boundary, "boundary_token": token},
-    )
+    arrays = {name: getattr(stream, name) for name in ("tokens", "documents")}
+    notes = {name: getattr(stream, name) for name in ("boundary", "boundary_token")}
+    # One key: safetensors writes several in an order that differs from process to process.
+    save_file(arrays, path, metadata={"notes": json.dumps(notes, sort_keys=True)})
 
 
 def load_stream(path: str | Path) -> Stream:
@@ -189,13 +187,8 @@ def load_stream(path: str | Path) -> Stream:
     from safetensors import safe_open
 
     with safe_open(path, framework="np") as file:
-        notes = file.metadata()
-        return Stream(
-            tokens=file.get_tensor("tokens"),
-            documents=file.get_tensor("documents"),
-            boundary=notes["boundary"],
-            boundary_token=int(notes["boundary_token"]) if notes["boundary_token"] else None,
-        )
+        notes = json.loads(file.metadata()["notes"])
+        return Stream(file.get_tensor("tokens"), file.get_tensor("documents"), **notes)
 
 
 def windows(stream: Stream, length: int, key: str = "window") -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,6 @@
 """Files of the heads study: similarities with and without the sink. Light: numpy alone."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,9 +26,10 @@ def save_similarity(
     """
     from safetensors.numpy import save_file
 
-    notes = {key: str(value) for key, value in sorted(metadata.items())}
+    notes = json.dumps({**metadata, "groups": groups}, sort_keys=True, default=str)
     arrays = {name: np.ascontiguousarray(value) for name, value in variants.items()}
-    save_file(arrays, path, metadata={"groups": str(groups), **notes})
+    # One key: safetensors writes several in an order that differs from process to process.
+    save_file(arrays, path, metadata={"notes": notes})
 
 
 def load_similarity(path: str | Path, sink: bool = True) -> np.ndarray:
@@ -41,7 +43,7 @@ def load_similarity(path: str | Path, sink: bool = True) -> np.ndarray:
     name = "similarity" if sink else "similarity_nosink"
     with safe_open(path, framework="numpy") as file:
         if name not in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-            metric = file.metadata().get("metric")
+            metric = json.loads(file.metadata()["notes"]).get("metric")
             raise InputError(
                 f"criterion {metric}_nosink: metric {metric} is the same without the sink; "
                 f"write {metric}"
@@ -57,4 +59,4 @@ def load_variants(path: str | Path) -> tuple[dict[str, np.ndarray], int]:
         variants = {"": file.get_tensor("similarity")}
         if "similarity_nosink" in file.keys():  # noqa: SIM118
             variants["no sink"] = file.get_tensor("similarity_nosink")
-        return variants, int(file.metadata()["groups"])
+        return variants, json.loads(file.metadata()["notes"])["groups"]
