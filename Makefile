@@ -41,7 +41,7 @@ bench: $(STAMP)  ## speed beside the alternative, in one run
 	$(BIN)/python benchmarks/branches.py
 	$(BIN)/python benchmarks/gradients.py
 
-verify: $(STAMP)  ## the hashes of every checkpoint and record under results/
+verify: $(STAMP)  ## the hashes of everything that is recorded under results/
 	PYTHONPATH=src $(BIN)/python -m headroom.verify results
 
 lock:  ## write requirements.lock anew from pyproject.toml

@@ -13,7 +13,9 @@ from headroom.checkpoints import (
     geometry,
     load_model,
     read_config,
+    replacing,
     write_derived,
+    write_json,
     write_manifest,
 )
 from headroom.errors import InputError
@@ -72,6 +74,27 @@ def test_damage_is_named(checkpoint):
     file.unlink()
     with pytest.raises(InputError, match="missing"):
         Tensors(checkpoint)
+
+
+def test_a_manifest_that_was_cut_off_is_named(checkpoint):
+    write_manifest(checkpoint)
+    manifest = checkpoint / "manifest.json"
+    manifest.write_text(manifest.read_text()[:20])
+    with pytest.raises(InputError, match=r"manifest.json is damaged"):
+        check_manifest(checkpoint)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    write_json(path, {"a": 1})
+    for broken in ({"a": float("nan")}, {"a": object()}):
+        with pytest.raises((ValueError, TypeError)):
+            write_json(path, broken)
+    with pytest.raises(OSError), replacing(path, durable=True) as part:
+        part.write_text("half")
+        raise OSError
+    assert path.read_text() == '{\n  "a": 1\n}\n'
+    assert [p.name for p in path.parent.iterdir()] == ["a.json"]
 
 
 def test_an_import_links_and_refuses_pickles(checkpoint, tmp_path):

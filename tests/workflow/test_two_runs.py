@@ -9,7 +9,6 @@ from .crashing import Watched, unequal
 from .test_crashes import MAPS, REDONE, TRAININGS, remove
 
 pytestmark = pytest.mark.workflow
-STACK = TRAININGS["train_stack"]
 MERGED = REDONE[-1]
 
 

@@ -101,7 +101,7 @@ def _done(state: Path, step: str) -> bool:
 def _keep(state: Path, step: str, found: Sequence[pd.DataFrame]) -> None:
     """Write a step's tables, each whole or not at all."""
     for name, table in zip(TABLES, found, strict=True):
-        with replacing(_file(state, step, name)) as part:
+        with replacing(_file(state, step, name), durable=True) as part:
             table.to_parquet(part, index=False)
 
 
