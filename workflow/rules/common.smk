@@ -70,9 +70,8 @@ def asked(target, files):
     return files
 
 
-PATIENCE = (
-    5  # seconds in which a run that was stopped isn't disturbed by more of Ctrl-C
-)
+# Seconds in which a run that was stopped isn't disturbed by more of Ctrl-C.
+PATIENCE = 5
 
 
 def begin():
