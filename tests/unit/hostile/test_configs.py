@@ -105,7 +105,7 @@ def mutated(draw):
     return put(config, path, draw(alike(value) if kind == "alike" else junk))
 
 
-@settings(max_examples=200, derandomize=True, deadline=None, suppress_health_check=HealthCheck)
+@settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=HealthCheck)
 @given(mutated())
 def test_a_mutated_configuration_is_loaded_or_refused_in_one_line(config):
     try:

@@ -23,7 +23,7 @@ from headroom.recipes import (
 )
 
 ROOT = Path("/somewhere/results/checkpoints")
-ONE = settings(max_examples=300, derandomize=True, deadline=None)
+ONE = settings(max_examples=120, derandomize=True, deadline=None)
 bases = st.from_regex(r"[a-z0-9][a-z0-9_.]{0,8}(-[a-z0-9_.]{1,8}){0,3}", fullmatch=True)
 ascii_only = st.characters(min_codepoint=32, max_codepoint=126)
 
