@@ -25,12 +25,15 @@ def begin(note: Path, failures: int) -> int:
         note: file of the job's attempts.
         failures: how many attempts of this job failed before, in this run of the workflow.
     """
-    before = json.loads(note.read_text())[-failures:] if failures and note.is_file() else []
+    own = {"host": platform.node(), "job": _cluster_job(), "kills": _memory_kills()}
+    noted = json.loads(note.read_text()) if failures and note.is_file() else []
+    # SLURM begins a job again whose node failed: that is the same attempt.
+    others = [attempt for attempt in noted if own["job"] is None or attempt["job"] != own["job"]]
+    before = others[-failures:]
     for attempt in before:
         if "memory" not in attempt:
             attempt["memory"] = _killed_on_cluster(attempt) or _killed_on_host(attempt)
     note.parent.mkdir(parents=True, exist_ok=True)
-    own = {"host": platform.node(), "job": _cluster_job(), "kills": _memory_kills()}
     write_json(note, [*before, own])
     halvings = sum(attempt["memory"] for attempt in before)
     if halvings:

@@ -85,7 +85,7 @@ def test_only_an_attempt_that_died_for_want_of_memory_halves_what_follows(tmp_pa
         assert attempt(1, killed) == "halvings 1"
 
 
-# What SLURM 22.05 says (State, MaxRSS, AllocTRES): of the job, its batch script, its step.
+# What SLURM says (State, MaxRSS, AllocTRES) of the job and of its step.
 ENDS = {
     "cgroup": ("OUT_OF_MEMORY||mem=300M", "OUT_OF_MEMORY|4255K|mem=300M", True),
     "watched": ("FAILED||mem=300M", "CANCELLED by 0|349174K|cpu=1,mem=300M,node=1", True),
@@ -109,6 +109,7 @@ def test_what_slurm_says_of_an_end_decides(name, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
     note = tmp_path / "note.json"
     assert attempts.begin(note, 0) == 0
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     assert attempts.begin(note, 1) == memory
 
 
@@ -181,6 +182,18 @@ def until(reached):
     while not reached():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def test_a_job_that_slurm_begins_again_is_the_same_attempt(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no sacct
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    note = tmp_path / "note.json"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert attempts.begin(note, 0) == 0
+    attempts.failed(note, MemoryError())
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert attempts.begin(note, 1) == 1
+    assert attempts.begin(note, 1) == 1, "its node failed"
 
 
 def test_staged_output_appears_whole_or_not_at_all(tmp_path):
