@@ -41,7 +41,7 @@ del STUDIES["branches"]["ablations"]["branch"]
 OF_THE_RUN = re.compile(
     r"provenance/|benchmarks/|logs/|\.state/|\.sums/|slurm/"
     r"|.*/events\.out\.tfevents"  # names and records hold time, host and process
-    r"|(.*/)?latency/|.*/latency\.|translation_latency"  # measured, and drawn from what was
+    r"|latency/|gates/.*/latency|.*/decode_latency\.|gates/.*/runs\.html"  # measured, and drawn
 )
 
 
