@@ -26,10 +26,9 @@ def begin(note: Path, failures: int) -> int:
         failures: how many attempts of this job failed before, in this run of the workflow.
     """
     own = {"host": platform.node(), "job": _cluster_job(), "kills": _memory_kills()}
+    own["restarts"] = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     noted = json.loads(note.read_text()) if failures and note.is_file() else []
-    # SLURM begins a job again whose node failed: that is the same attempt.
-    others = [attempt for attempt in noted if own["job"] is None or attempt["job"] != own["job"]]
-    before = others[-failures:]
+    before = [attempt for attempt in noted if not _same(attempt, own)][-failures:]
     for attempt in before:
         if "memory" not in attempt:
             attempt["memory"] = _killed_on_cluster(attempt) or _killed_on_host(attempt)
@@ -47,6 +46,14 @@ def failed(note: Path, error: BaseException) -> None:
     attempts = json.loads(note.read_text())
     attempts[-1]["memory"] = memory
     write_json(note, attempts)
+
+
+def _same(attempt: dict, own: dict) -> bool:
+    """Whether an attempt is this one, which SLURM began again because its node failed.
+
+    In an allocation that all jobs share their number is equal too, but nothing was restarted since.
+    """
+    return attempt["job"] == own["job"] and attempt["restarts"] < own["restarts"]
 
 
 def _cluster_job() -> str | None:

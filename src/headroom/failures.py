@@ -11,6 +11,8 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 
+from headroom.errors import redacted
+
 LINES = 10  # of a log
 BYTES = 65536  # of a log that are looked at
 # What a single job needs of the command line, with how many values it takes: where, how, with what.
@@ -76,7 +78,7 @@ def tail(path: str | os.PathLike) -> list[str]:
         return []
     lines = [line.rstrip().expandtabs() for line in re.split(r"[\r\n]+", content)]
     shown = ["".join(c if c.isprintable() else "�" for c in line) for line in lines if line]
-    return shown[-LINES:]
+    return [redacted(line) for line in shown[-LINES:]]
 
 
 def command(arguments: Sequence[str], output: str) -> list[str]:

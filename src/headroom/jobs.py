@@ -26,8 +26,10 @@ from pathlib import Path
 from headroom import attempts, sums
 from headroom.checkpoints import digest_file, write_json
 from headroom.errors import InputError, redacted
+from headroom.locks import flock
 
 STATE = Path("results/.state")
+FINISHED = "finished"  # in a state whose job ended well
 REPEATABLE = ("InputError", "DivergedError")  # errors that the same input brings again
 PARENT = "HEADROOM_PARENT"  # environment variable: process number of the Snakemake, its namespace
 STARTED = time.monotonic()
@@ -86,17 +88,21 @@ def _wait_for_twin(path: Path) -> None:
     A killed Snakemake leaves its cluster jobs alive, and the next run submits them again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    told = False
     while True:
         lock = path.open("a+")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.seek(0)
-            said = f"headroom: waits for the same job of an earlier run ({lock.read().strip()})"
-            print(said, file=sys.stderr, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not told:
+                lock.seek(0)
+                who = f"{lock.read().strip()}; if that is no more, delete {path}"
+                _print(f"headroom: waits for the same job of an earlier run ({who})")
+            told = True
+            time.sleep(1)
+            continue
         if path.exists() and os.path.samestat(path.stat(), os.fstat(lock.fileno())):
-            break  # else it was taken away as unused while this process waited
+            break  # else it was taken away as unused in between
     lock.truncate(0)
     print(f"process {os.getpid()} on {platform.node()}", file=lock, flush=True)
     HELD.append(lock)
@@ -251,9 +257,10 @@ def training_state(code: str, settings: object, inputs: list[str]) -> Iterator[P
     hashes = [digest_file(file) for name in inputs for file in _files(Path(name))]
     folder = STATE / "training" / fingerprint(code, settings, hashes)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with (folder / "lock").open("a+") as lock:
+        flock(lock, fcntl.LOCK_EX)
         yield folder
+        (folder / FINISHED).touch()
 
 
 @contextlib.contextmanager
@@ -265,26 +272,27 @@ def shared_state(code: str, keep: bool) -> Iterator[Path]:
     """
     folder = (STATE.parent if keep else STATE) / "features" / fingerprint(code)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)
+    with (folder / "lock").open("a+") as lock:
+        flock(lock, fcntl.LOCK_SH)
         yield folder
+        (folder / FINISHED).touch()
 
 
 def remove_states() -> None:
-    """Remove the states and remembered failures that no job is using any more.
+    """Remove what finished jobs leave: states, locks, remembered failures.
 
-    Only for a run that is alone here: a job that waits between two attempts holds no lock.
+    What was interrupted stays: another run goes on with it. Only for a run that is alone here: a
+    job that waits between two attempts holds no lock.
     """
-    for folder in (*(STATE / "training").glob("*"), *(STATE / "features").glob("*")):
-        with (folder / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue  # another run is training there
-            shutil.rmtree(folder)
+    for mark in STATE.glob(f"*/*/{FINISHED}"):
+        with (mark.parent / "lock").open("a+") as lock, contextlib.suppress(BlockingIOError):
+            flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(mark.parent, ignore_errors=True)
+        if mark.parent.is_dir() and not mark.exists():  # of an open file NFS keeps a name
+            shutil.rmtree(mark.parent, ignore_errors=True)
     for path in (STATE / "running").glob("*"):
         with path.open("a") as lock, contextlib.suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
     for name in ("failures", "attempts"):
         shutil.rmtree(STATE / name, ignore_errors=True)

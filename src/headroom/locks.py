@@ -1,9 +1,9 @@
 """What Snakemake's locks lack: who holds them, so that a dead run's go and a living one's stay.
 
-Every run leaves a note in ``.snakemake/holders`` while it lives, with what it locked. Runs begin
-and end one at a time (a kernel's lock, which no crash leaves behind), because Snakemake looks and
-locks in two steps, numbers lock files by what is there, and takes all of them away when any run
-ends. A run that begins sets right what the next look will see.
+Every run leaves a note in ``.snakemake/holders`` with what it locked, and holds a lock of the
+kernel's beside it, which no crash leaves behind. Runs begin and end one at a time, because
+Snakemake looks and locks in two steps, numbers lock files by what is there, and takes all of them
+away when any run ends. A run that begins sets right what the next look will see.
 """
 
 import atexit
@@ -12,8 +12,10 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +24,32 @@ from headroom.checkpoints import write_json
 
 GATE: list = []  # the open file whose lock lets one run at a time begin or end
 OWN: dict = {}  # what this process' note says
+NOTE: list[Path] = []  # where it is
+LIFE: list = []  # the open file whose lock says that this process lives
+LOOKS = (  # what starts no job
+    r"-[a-zA-Z]*n[a-zA-Z]*|--dry-?run|--(d3)?dag|--(rule|file)graph|-[SDl]|--(detailed-)?summary"
+    r"|--list.*|--lt|--lint|--report|--containerize|--cleanup-metadata|--generate-unit-tests"
+)
+
+
+def looks(arguments: Sequence[str]) -> bool:
+    """Whether a command line of Snakemake's asks for something and runs nothing."""
+    return any(re.fullmatch(LOOKS, argument) for argument in arguments)
+
+
+def flock(file, how: int) -> None:
+    """Lock an open file; where the file system has no locks nothing is locked.
+
+    Raises:
+        BlockingIOError: where another holds it and ``how`` says not to wait.
+    """
+    try:
+        fcntl.flock(file, how)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        said = f"headroom: no file locks here ({error}); don't start two runs at once"
+        print(said, file=sys.stderr, flush=True)
 
 
 def enter(folder: Path) -> None:
@@ -32,92 +60,117 @@ def enter(folder: Path) -> None:
     """
     _close_gate(folder)
     notes = _others(folder)
-    living = [holder for holder in notes.values() if not _dead(holder)]
-    for note, holder in notes.items():
-        if _dead(holder) and _drop(folder, holder, living):
-            note.unlink(missing_ok=True)
+    dead = {note for note in notes if _dead(note, notes[note])}
+    living = [holder for note, holder in notes.items() if note not in dead]
+    for note in dead:
+        if _drop(folder, notes[note], living):
+            _remove(note)
     for holder in living:
         _restore(folder / "locks", holder.get("locks", {}))
         who = f"process {holder['pid']} on {holder['host']}, since {holder.get('since', '?')}"
         said = f"another run is at work here ({who}); what it makes is refused until it has ended"
         print(f"headroom: {said}", file=sys.stderr)
-    OWN.update(host=socket.gethostname(), pid=os.getpid(), started=_started(os.getpid()))
-    OWN.update(since=time.strftime("%F %T"), found=_times(folder))
-    write_json(_own(folder), OWN)
-    atexit.register(_leave, _own(folder), os.getpid())
+    host, pid = socket.gethostname(), os.getpid()
+    NOTE.append(folder / "holders" / f"{host}.{pid}.{time.time_ns()}.json")
+    NOTE[0].parent.mkdir(exist_ok=True)
+    LIFE.append(_life(NOTE[0]).open("w"))
+    flock(LIFE[0], fcntl.LOCK_EX)
+    OWN.update(host=host, pid=pid, since=time.strftime("%F %T"), found=_times(folder))
+    write_json(NOTE[0], OWN)
+    atexit.register(_leave, pid)
+    threading.Thread(target=_watch, args=[folder], daemon=True).start()
+
+
+def _watch(folder: Path) -> None:
+    """Let others begin when Snakemake has taken its locks, also where no hook says so."""
+    while GATE:
+        time.sleep(1)
+        if _new(folder, OWN["found"]):
+            time.sleep(1)  # it writes two
+            hold(folder)
 
 
 def hold(folder: Path) -> None:
     """Note which locks Snakemake has taken for this run, and let others begin."""
-    OWN["locks"] = {_kind(path): path.read_text() for path in _new(folder, OWN["found"])}
-    write_json(_own(folder), OWN)
-    while GATE:
-        GATE.pop().close()
+    if GATE:
+        OWN["locks"] = {_kind(path): path.read_text() for path in _new(folder, OWN["found"])}
+        write_json(NOTE[0], OWN)
+        with contextlib.suppress(IndexError):
+            GATE.pop().close()
 
 
 def alone(folder: Path) -> bool:
     """Whether no other run is at work, and none begins before this process has ended."""
-    _close_gate(folder)
-    return all(map(_dead, _others(folder).values()))
+    closed = _close_gate(folder, wait=False)
+    return closed and all(_dead(note, holder) for note, holder in _others(folder).items())
 
 
 def forget(folder: Path) -> None:
     """Drop all notes: a person says that nobody is at work here (``snakemake --unlock``)."""
     for note in (folder / "holders").glob("*.json"):
-        note.unlink(missing_ok=True)
+        _remove(note)
 
 
-def _started(pid: int) -> float | None:
-    """When a process started (its identity beside the number), None if it runs no more."""
-    import psutil
+def _close_gate(folder: Path, wait: bool = True) -> bool:
+    """Let no other run begin or end until ``hold``, or until this process ends.
 
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except psutil.Error:
-        return None
-
-
-def _close_gate(folder: Path) -> None:
-    """Wait until no other run begins or ends; none does until ``hold``, or this process ends."""
+    Returns:
+        Whether that is so; False only without ``wait``, where another run begins or ends.
+    """
     if GATE:
-        return
+        return True
     folder.mkdir(exist_ok=True)
     gate = (folder / "gate").open("w")
     try:
-        fcntl.flock(gate, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        flock(gate, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        if not wait:
+            return False
         print("headroom: waits for another run that begins or ends here", file=sys.stderr)
-        fcntl.flock(gate, fcntl.LOCK_EX)
+        flock(gate, fcntl.LOCK_EX)
     GATE.append(gate)
+    return True
 
 
-def _own(folder: Path) -> Path:
-    return folder / "holders" / f"{socket.gethostname()}.{os.getpid()}.json"
+def _life(note: Path) -> Path:
+    return note.with_suffix(".life")
 
 
-def _leave(note: Path, pid: int) -> None:
+def _remove(note: Path) -> None:
+    note.unlink(missing_ok=True)
+    _life(note).unlink(missing_ok=True)
+
+
+def _leave(pid: int) -> None:
     if os.getpid() == pid:  # a forked child has inherited this exit hook
-        note.unlink(missing_ok=True)
+        _remove(NOTE[0])
 
 
 def _others(folder: Path) -> dict[Path, dict]:
     """Return the notes of other runs; of one that can't be read nothing is known but its name."""
     found = {}
     for note in sorted((folder / "holders").glob("*.json")):
-        if note == _own(folder):
+        if note in NOTE:
             continue
-        host, _, pid = note.stem.rpartition(".")
+        host, pid, _ = (*note.stem.rsplit(".", 2), "", "")[:3]
         found[note] = {"host": host, "pid": pid}
         with contextlib.suppress(OSError, ValueError):
             found[note] |= json.loads(note.read_text())
     return found
 
 
-def _dead(holder: dict) -> bool:
-    """Whether a run surely is no more; of another host's, or one without a start, nobody knows."""
-    known = holder["host"] == socket.gethostname() and "started" in holder
-    return known and _started(holder["pid"]) != holder["started"]
+def _dead(note: Path, holder: dict) -> bool:
+    """Whether a run surely is no more; of another host's nobody knows."""
+    if holder["host"] != socket.gethostname():
+        return False
+    try:
+        with _life(note).open("r+") as life:
+            fcntl.flock(life, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return True
+    except OSError:  # it is held, or can't be
+        return False
+    return True
 
 
 def _files(folder: Path) -> list[Path]:

@@ -27,7 +27,7 @@ class Lines(Bar):
 
     def close(self) -> None:
         """Write the last line, unless the loop was left before its end or was too short to show."""
-        ended = not self.total or self.n >= self.total
+        ended = not self.disable and (not self.total or self.n >= self.total)
         if ended and self.n > self.last_print_n and self.format_dict["elapsed"] >= self.delay:
             self.refresh()
             self.last_print_n = self.n

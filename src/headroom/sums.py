@@ -5,6 +5,7 @@ manifest carry their own. Records mirror ``results/`` in ``results/.sums/``.
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -60,7 +61,9 @@ def damaged(results: Path) -> list[str]:
     """Return a line for each file under a folder of results that isn't as it was written."""
     notes = sorted(p for p in (results / SUMS).rglob("*") if p.is_file())
     recorded = [results / note.relative_to(results / SUMS) for note in notes]
-    folders = [manifest.parent for manifest in sorted(results.rglob(MANIFEST))]
+    manifests = [path.relative_to(results) for path in sorted(results.rglob(MANIFEST))]
+    # What jobs are still at work on lies in hidden folders.
+    folders = [results / path.parent for path in manifests if not str(path).startswith(".")]
     found = []
     for path in [*filter(Path.exists, recorded), *folders]:
         try:
@@ -84,6 +87,14 @@ def _entry(path: Path) -> dict:
     return {"bytes": path.stat().st_size, "sha256": digest_file(path)}
 
 
+def _size(path: Path) -> int | None:
+    """Bytes of a file; of an open one, since network file systems remember old sizes."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return os.fstat(file.fileno()).st_size
+
+
 def _compare(path: Path, note: Path, hashes: bool) -> None:
     try:
         entry = json.loads(note.read_text())
@@ -91,7 +102,7 @@ def _compare(path: Path, note: Path, hashes: bool) -> None:
         raise InputError(f"{note} is damaged: delete it and run `make verify` again") from None
     for name, part in entry.get("files", {"": entry}).items():
         file = path / name
-        size = file.stat().st_size if file.is_file() else None
+        size = _size(file)
         if size != part["bytes"]:
             said = "it is missing" if size is None else f"{size} bytes"
             what = f"{said}, {part['bytes']} were written"

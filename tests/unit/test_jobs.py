@@ -193,7 +193,34 @@ def test_a_job_that_slurm_begins_again_is_the_same_attempt(tmp_path, monkeypatch
     attempts.failed(note, MemoryError())
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     assert attempts.begin(note, 1) == 1
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert attempts.begin(note, 1) == 1, "its node failed"
+
+
+def test_in_an_allocation_that_jobs_share_memory_still_counts(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    note = tmp_path / "note.json"
+    assert attempts.begin(note, 0) == 0
+    attempts.failed(note, MemoryError())
+    assert attempts.begin(note, 1) == 1
+
+
+def test_the_state_of_what_was_interrupted_outlives_a_run_that_ends_well(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "input").write_text("x")
+    with jobs.training_state("code", 1, ["input"]) as finished:
+        pass
+    with pytest.raises(KeyboardInterrupt), jobs.training_state("code", 2, ["input"]) as stopped:
+        (stopped / "state.pt").write_text("half")
+        raise KeyboardInterrupt
+    jobs.remove_states()
+    assert not finished.exists() and (stopped / "state.pt").read_text() == "half"
+    with jobs.training_state("code", 2, ["input"]) as again:
+        assert again == stopped
+        jobs.remove_states()
+        assert again.exists(), "at work"
+    jobs.remove_states()
+    assert not stopped.exists()
 
 
 def test_staged_output_appears_whole_or_not_at_all(tmp_path):

@@ -32,7 +32,7 @@ def begin(tmp_path):
     """Start runs that lock a name and live until they are ended."""
     runs = []
 
-    def start(name, extra=""):
+    def start(name, extra="", says="holds\n"):
         run = subprocess.Popen(
             [sys.executable, "-c", RUN % (str(SRC), extra), name],
             cwd=tmp_path,
@@ -42,7 +42,7 @@ def begin(tmp_path):
             text=True,
         )
         runs.append(run)
-        assert run.stdout.readline() == ("" if extra else "holds\n")
+        assert run.stdout.readline() == says
         return run
 
     yield start
@@ -83,7 +83,7 @@ def test_a_living_runs_lock_is_written_again_after_another_took_all_away(tmp_pat
 
 def test_a_run_that_died_before_it_could_say_what_it_had_locked(tmp_path, begin):
     living = begin("a")
-    begin("b", "os.kill(os.getpid(), 9)")
+    begin("b", "os.kill(os.getpid(), 9)", says="")
     assert locked(tmp_path) == ["a", "b"]
     other = begin("c")
     assert locked(tmp_path) == ["a", "c"]
@@ -95,10 +95,28 @@ def test_of_another_hosts_run_nobody_knows_until_a_person_unlocks(tmp_path, begi
 
     holders = tmp_path / ".snakemake/holders"
     holders.mkdir(parents=True)
-    note = {"host": "elsewhere", "pid": os.getpid(), "started": 1.0, "locks": {"output": "x"}}
-    (holders / f"elsewhere.{os.getpid()}.json").write_text(json.dumps(note))
+    note = {"host": "elsewhere", "pid": os.getpid(), "locks": {"output": "x"}}
+    (holders / f"elsewhere.{os.getpid()}.1.json").write_text(json.dumps(note))
     run = begin("a")
     assert locked(tmp_path) == ["a", "x"]
     assert end(run) == "False"
     locks.forget(tmp_path / ".snakemake")
     assert end(begin("b")) == "True"
+
+
+def test_others_may_begin_where_no_hook_says_that_the_locks_are_taken(tmp_path, begin):
+    without = "locks = type('Locks', (), {**vars(locks), 'hold': print})"
+    living = begin("a", without, says=".snakemake\n")
+    assert locked(tmp_path) == ["a"]
+    other = begin("b")
+    assert locked(tmp_path) == ["a", "b"]
+    assert end(other) == "False" and end(living) == "True"
+
+
+def test_who_only_looks_keeps_nobody_waiting():
+    from headroom import locks
+
+    for line in ("-n", "-np", "--dry-run all", "--dag", "-S", "--list-rules", "--report r.html"):
+        assert locks.looks(line.split()), line
+    for line in ("--cores 2", "-c2 heads", "--profile slurm", "-j 1 --keep-going results/a-n.csv"):
+        assert not locks.looks(line.split()), line

@@ -46,7 +46,7 @@ jobs.name_parent()
 # Steps of a run, which executors start as Snakemakes of their own, are inside its locks.
 if "--unlock" in sys.argv:
     locks.forget(Path(".snakemake"))
-elif workflow.is_main_process and "--report" not in sys.argv:
+elif workflow.is_main_process and not locks.looks(sys.argv[1:]):
     locks.enter(Path(".snakemake"))
 
 
@@ -62,12 +62,17 @@ NEEDED = {
 
 
 def asked(target, files):
-    """A target's files; asked for by name, one without any says what it needs."""
-    if not files and target in sys.argv[1:]:
-        sys.exit(
-            f"headroom: target {target}: nothing is configured (needed: {NEEDED[target]})"
-        )
-    return files
+    """A target's files, looked up where it is asked for; one without any says what it needs."""
+
+    def found(wildcards):
+        if not files:
+            needed = NEEDED[target]
+            sys.exit(
+                f"headroom: target {target}: nothing is configured (needed: {needed})"
+            )
+        return files
+
+    return found
 
 
 # Seconds in which a run that was stopped isn't disturbed by more of Ctrl-C.

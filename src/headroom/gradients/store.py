@@ -19,8 +19,9 @@ from headroom.errors import InputError
 from headroom.gradients.features import Features, packed, unpacked
 from headroom.gradients.pairs import block
 from headroom.gradients.similarity import Head, Measurer, Samples
+from headroom.locks import flock
 
-MANIFEST = "manifest.json"
+IDENTITY = "identity.json"
 
 
 def groups(layers: Iterable[str]) -> dict[str, list[str]]:
@@ -53,7 +54,7 @@ class Store:
             self._check(dict(identity))
 
     def _check(self, identity: dict) -> None:
-        path = self.folder / MANIFEST
+        path = self.folder / IDENTITY
         if not path.exists():
             with replacing(path, durable=True) as part:
                 part.write_text(json.dumps(identity, sort_keys=True))
@@ -134,7 +135,7 @@ def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
     """Hold a file's lock; without waiting, say whether it was to be had."""
     with path.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
             return

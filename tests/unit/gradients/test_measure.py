@@ -156,7 +156,7 @@ def test_stored_features_of_another_run_are_refused(folder, tmp_path):
     run(folder, tmp_path / "one", settings("exact"), store=store)
     _, passes = run(folder, tmp_path / "two", settings("ghost"), store=store)
     assert passes == 18, "another backend has features of its own"
-    manifest = next(store.rglob("manifest.json"))
+    manifest = next(store.rglob("identity.json"))
     manifest.write_text(manifest.read_text().replace("torch.float32", "torch.bfloat16"))
     with pytest.raises(InputError, match=r"features of another run: dtype is torch\.bfloat16"):
         run(folder, tmp_path / "three", settings("exact"), store=store)
