@@ -6,7 +6,7 @@ import pytest
 
 from .conftest import Workflow
 from .crashing import Watched, unequal
-from .test_crashes import MAPS, REDONE, TRAININGS, remove
+from .test_crashes import JUDGED, MAPS, REDONE, TRAININGS, remove
 
 pytestmark = pytest.mark.workflow
 MERGED = REDONE[-1]
@@ -38,7 +38,7 @@ def test_a_living_runs_targets_are_refused_also_after_another_run_has_ended(copi
     refused()
     living.process.send_signal(signal.SIGCONT)
     assert living.wait() == 0, living.text
-    copied.run("--cores", "2", "heads")
+    copied.run("--cores", "2", JUDGED)
     assert unequal(copied.folder, finished.folder) == []
 
 
