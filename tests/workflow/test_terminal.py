@@ -99,7 +99,7 @@ def test_a_stopped_run_leaves_nothing_and_the_next_goes_on_to_the_same_bytes(
     states = copied.folder / "results/.state/training"
     terminal.read(lambda: any(states.glob("*/state.pt")))
     STOPS[stop](terminal)
-    assert terminal.read() < 15
+    assert terminal.read() < 60  # seconds; at once where nothing else runs
     # One more Ctrl-C may find an interpreter that has nothing left to do but to go.
     assert terminal.status() in (1, -signal.SIGINT)
     assert "Traceback" not in terminal.shown

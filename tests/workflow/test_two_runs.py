@@ -48,7 +48,7 @@ def test_a_dead_runs_lock_goes_by_itself(copied, moment):
     hook = "    locks.hold("
     killed = f"    import os; os.kill(os.getpid(), {signal.SIGKILL:d})\n{hook}"
     if moment != "in a job":
-        copied.edit("Snakefile", hook, killed)
+        copied.edit("workflow/rules/common.smk", hook, killed)
     run = Watched(copied.folder, "--cores", "1", MERGED)
     if moment == "in a job":
         run.wait_for(lambda: run.jobs)
@@ -56,7 +56,7 @@ def test_a_dead_runs_lock_goes_by_itself(copied, moment):
     assert run.wait() == -signal.SIGKILL and run.survivors() == []
     assert list((copied.folder / ".snakemake/locks").iterdir())
     if moment != "in a job":
-        copied.edit("Snakefile", killed, hook)
+        copied.edit("workflow/rules/common.smk", killed, hook)
     copied.run("--cores", "1", MERGED)
     assert not (copied.folder / ".snakemake/locks").exists()
 
@@ -67,7 +67,7 @@ def test_unlock_is_for_a_person_to_say(copied: Workflow):
     living.wait_for(lambda: living.jobs)
     living.process.send_signal(signal.SIGSTOP)
     copied.run("--unlock")
-    planned = copied.run("-n", MERGED)
+    planned = copied.run("--cores", "1", MAPS)
     assert "another run" not in planned.stderr and "cannot be locked" not in planned.stderr
     living.process.send_signal(signal.SIGCONT)
     assert living.wait() == 0, living.text
