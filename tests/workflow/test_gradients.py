@@ -88,7 +88,8 @@ def test_bad_samples_are_one_line(empty, case):
     rows(empty.folder, "paraphrased.jsonl", *paraphrases)
     empty.configure(changed("instructions.bad", {"path": "samples.jsonl", **settings}))
     result = empty.run("--cores", "1", f"results/instructions/bad/{target}.jsonl", check=False)
-    lines = {line for line in result.stderr.splitlines() if line.startswith("headroom: ")}
+    shown = map(str.strip, result.stderr.splitlines())
+    lines = {line for line in shown if line.startswith("headroom: ")}
     assert result.returncode != 0 and any(said in line for line in lines), lines
     assert "Traceback" not in result.stderr
     assert not (empty.folder / f"results/instructions/bad/{target}.jsonl").exists()

@@ -153,6 +153,7 @@ def test_latency_takes_one_checkpoint_a_shape_and_asks_for_their_memory(empty):
 
 @pytest.mark.parametrize("target", ["heads", "all", "evaluations"])
 def test_targets_plan(empty, target):
+    empty.configure(changed("evaluation.recipes", ["tiny+merge-relu-average-t0.99"]))
     empty.run("-n", target)
 
 
