@@ -12,7 +12,7 @@ import yaml
 import yte
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from .conftest import ROOT, SMALL, Workflow
+from .conftest import ROOT, SMALL, Workflow, changed
 
 pytestmark = pytest.mark.workflow
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
