@@ -138,7 +138,7 @@ def test_a_hub_checkpoint_is_fetched_once_and_its_commit_told(checkpoint, tmp_pa
     offered = [*weights, "consolidated.safetensors", "original/params.json", "pytorch_model.bin"]
     snapshot = tmp_path / "snapshots" / ("0123456789" * 4)
 
-    def download(repository, revision, allow_patterns, ignore_patterns):
+    def download(repository, revision, allow_patterns, ignore_patterns, tqdm_class):
         assert (repository, revision) == ("someone/model", "main")
         wanted = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
         assert sorted(filter_repo_objects(offered, **wanted)) == sorted(weights)
