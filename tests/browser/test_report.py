@@ -30,7 +30,7 @@ PICTURES = {
 def report(tmp_path_factory):
     workflow = copy_project(tmp_path_factory.mktemp("report") / ".")
     workflow.configure(SMALL)
-    workflow.run("--cores", "2")
+    workflow.run("--cores", "2", timeout=1800)
     workflow.run("--report", "report.html")
     return workflow.folder / "report.html"
 
